@@ -1,0 +1,222 @@
+"""Profiles, seeds, provenance and atomic results: what every notebook starts and ends with."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+
+METHODS = ("SFT", "Flower")
+DECODINGS = ("beam", "beam_normalised")
+SEEN = ("excluded", "allowed")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a run. `PROFILES` gives the values; a notebook parameter may replace any of them."""
+
+    # data (notebook 01)
+    dataset: str = "movielens-100k"  # "movielens-100k", or the name to print for the data under data_path
+    data_path: str = ""  # folder with the user's own data; "" fetches MovieLens-100K
+    category: str = "movie"  # what the prompt calls an item
+    split: str = "leave-one-out"  # or "time": a global 8:1:1 split by time
+    max_history: int = 24  # titles a model sees before the one it predicts
+    max_items: int = 0  # keep the most interacted items only (0: all)
+    max_users: int = 0  # keep the first users only (0: all)
+    # backbone (notebook 02)
+    model: str = "smollm2-135m"  # "smollm2-135m", "tiny", or any causal LM by path or hub id
+    frozen_layers: int = 8  # lower layers that run once and are cached (0: none)
+    tuned_layers: int = 4  # layers trained above them (0: all of the model's)
+    cut_vocabulary: bool = True  # keep only the tokens that the catalogue and the prompt use
+    lora_rank: int = 0  # LoRA on all linear layers of this rank (0: all trained weights)
+    # training (notebooks 02 and 03)
+    rows: str = "sequence"  # "sequence": every title of a user is a target; "target": one target per prompt
+    learning_rate: float = 1e-3
+    batch_size: int = 8  # rows a step
+    epochs: float = 1.0
+    evaluations: int = 4  # validations (and checkpoints) during training
+    validation_rows: int = 256  # rows of valid.parquet that choose the checkpoint (0: all)
+    # Flower (notebook 03)
+    counts: str = "true"  # or "windowed": counts of the official code
+    alpha: float = 1.0  # reward = (count + 1)^alpha
+    theta: float = 0.995  # loss = theta * SFT + (1 - theta) * flow
+    lam: float = 1.0  # SubTB's lambda
+    paths: str = "logged"  # "logged": the data's own titles; "reward": drawn from the flow; "policy": from the model
+    # decoding (notebook 04)
+    n_beams: int = 10
+    test_rows: int = 0  # test rows to recommend for (0: all)
+    decode_batch: int = 16  # prompts decoded at a time
+
+
+PROFILES: dict[str, Settings] = {
+    "smoke": Settings(
+        max_items=80, max_users=60, max_history=8, model="tiny", frozen_layers=1, tuned_layers=1,
+        learning_rate=3e-3, epochs=6.0, evaluations=2,
+    ),
+    "laptop": Settings(),
+    "paper": Settings(
+        dataset="video_games", data_path="data/video_games", category="video game", split="time", max_history=10,
+        model="Qwen/Qwen2.5-1.5B", frozen_layers=0, tuned_layers=0, cut_vocabulary=False, rows="target",
+        learning_rate=3e-4, batch_size=256, epochs=7.0, evaluations=7, counts="windowed", theta=0.9995,
+        paths="policy",
+    ),
+}
+
+
+def settings(profile: str, **overrides: Any) -> Settings:
+    """The profile's settings with every override that is not None put in its place.
+
+    Raises:
+        ValueError: unknown profile, unknown setting, or a value of the wrong type; the message lists what is allowed.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
+    types = {f.name: type(getattr(PROFILES[profile], f.name)) for f in fields(Settings)}
+    given = {}
+    for name, value in overrides.items():
+        if name not in types:
+            raise ValueError(f"unknown setting {name!r}: the settings are {', '.join(types)}")
+        if value is None:
+            continue
+        if types[name] is float and type(value) is int:
+            value = float(value)
+        if type(value) is not types[name]:
+            raise ValueError(f"setting {name} takes a {types[name].__name__}, not {value!r}")
+        given[name] = value
+    return replace(PROFILES[profile], **given)
+
+
+def output_dir(profile: str, out: str | None) -> Path:
+    """The folder of a run: `out`, or runs/<profile>; a relative path counts from the project's root."""
+    path = ROOT / (out or f"runs/{profile}")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def require(path: str | Path, notebook: str) -> Path:
+    """`path` if it exists.
+
+    Raises:
+        FileNotFoundError: it does not; the message names the notebook that writes it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run notebooks/{notebook} with the same PROFILE and OUT first")
+    return path
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary sibling of `path` to write (a file, or a folder that the caller makes).
+
+    It replaces `path` when the block ends well; after an error it is removed and `path` is as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        yield new
+        if path.is_dir():  # a folder cannot be replaced in one step: move the old one aside first
+            os.replace(path, Path(folder) / "old")
+        os.replace(new, path)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch."""
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def matmul_seconds(n: int = 1024, repeats: int = 5) -> float:
+    """Median seconds of one float32 (n, n) matrix product: how fast this machine was at that moment."""
+    import torch
+
+    a = torch.ones(n, n)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def _commit() -> str:
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def provenance(profile: str, chosen: Settings, seed: int, seconds: float) -> dict[str, Any]:
+    """Where a result comes from: profile, settings, seed, package versions, machine, commit, and times."""
+    import torch
+
+    packages = ("torch", "transformers", "peft", "accelerate", "numpy", "pandas")
+    return {
+        "profile": profile,
+        "seed": seed,
+        "settings": asdict(chosen),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "seconds": round(seconds, 1),
+        "matmul_1024_seconds": matmul_seconds(),
+    }
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON atomically, NaN and infinity refused."""
+    with atomic(path) as new:
+        new.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_results(path: str | Path, rows: Sequence[Mapping[str, Any]], source: Mapping[str, Any]) -> None:
+    """Writes `{"provenance": source, "rows": rows}` atomically, floats rounded to 6 significant digits.
+
+    Raises:
+        ValueError: a row's method, decoding or seen is not one of METHODS, DECODINGS, SEEN; a value is not finite.
+    """
+    allowed = {"method": METHODS, "decoding": DECODINGS, "seen": SEEN}
+    clean = []
+    for i, row in enumerate(rows):
+        for key, values in allowed.items():
+            if key in row and row[key] not in values:
+                raise ValueError(f"row {i}: {key} {row[key]!r} is not one of {', '.join(values)}")
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"row {i}: {key} is {value}")
+        clean.append({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()})
+    write_json(path, {"provenance": dict(source), "rows": clean})
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a results file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Saves a matplotlib figure atomically as PNG, without a date, so that equal figures are equal files."""
+    with atomic(path) as new:
+        figure.savefig(new, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
