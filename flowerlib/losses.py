@@ -1,0 +1,86 @@
+"""Losses as pure functions of log-probabilities (nats); a row of (B, T) is one title's path down the tree."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOOR_LOG_REWARD = -15.0  # what the official code gives the terminator where the prefix is no title
+
+
+def sft_loss(log_pf: Tensor, mask: Tensor) -> Tensor:
+    """Mean of −log π over the target tokens, in nats per token: supervised fine-tuning (BIGRec).
+
+    Args:
+        log_pf: log π(token | prefix, prompt), any shape.
+        mask: bool, the same shape: which tokens count.
+    """
+    return -torch.where(mask, log_pf, 0).sum() / mask.sum()
+
+
+def subtb_loss(log_pf: Tensor, log_token_rewards: Tensor, mask: Tensor, lam: float = 1.0) -> Tensor:
+    """Sub-trajectory balance with known flows (paper, Sec. 4): zero exactly where π equals the token rewards.
+
+    With d_t = log π(v_{t+1} | s_t) − log r(s_t → s_{t+1}), the residual of the sub-path from a to b is Σ d_t for
+    a ≤ t < b. The loss is the mean of the squared residuals over every sub-path in the batch, weighted by
+    lam^(b−a−1), in nats². Neighbours only (lam → 0) is detailed balance.
+
+    Args:
+        log_pf, log_token_rewards: (B, T) per token.
+        mask: (B, T) bool, True on the path's tokens, its terminator included; False after them.
+
+    Raises:
+        ValueError: shapes differ, a mask has holes, or no token is left.
+    """
+    _check(mask, log_pf, log_token_rewards)
+    return _mean_squared_sums(torch.where(mask, log_pf - log_token_rewards, 0), mask, lam)
+
+
+def modified_subtb_loss(
+    log_pf: Tensor, log_pterm: Tensor, log_token_rewards: Tensor, log_term_rewards: Tensor, mask: Tensor,
+    lam: float = 1.0,
+) -> Tensor:
+    """The official code's form, in which every prefix may end: nats², weighted over sub-paths as in `subtb_loss`.
+
+    With p_t = log π(⊤ | s_t) and q_t = Σ_{u<t} log r_u + log_term_rewards_t, the residual of one step is
+    Δ_t = q_t + log π(v_{t+1} | s_t) + p_{t+1} − q_{t+1} − p_t. It vanishes not at π = r but at the tree that has one
+    pseudo-leaf of relative reward e^−15 more at every prefix that is no title.
+
+    Args:
+        log_pf: (B, T) log π of the path's tokens, the terminator last.
+        log_pterm: (B, T) log π(⊤ | s_t) at the state before each token.
+        log_token_rewards: (B, T) log r of the path's tokens.
+        log_term_rewards: (B, T) log r(s_t → s_t⊤) where s_t is a whole title, else FLOOR_LOG_REWARD.
+        mask: (B, T) bool as in `subtb_loss`.
+
+    Raises:
+        ValueError: as in `subtb_loss`; a batch of one-token paths has no step and is refused too.
+    """
+    _check(mask, log_pf, log_pterm, log_token_rewards, log_term_rewards)
+    q = log_token_rewards.cumsum(-1) - log_token_rewards + log_term_rewards
+    delta = (q + log_pf - log_pterm)[:, :-1] + (log_pterm - q)[:, 1:]
+    steps = mask[:, 1:]
+    if not steps.any():
+        raise ValueError("no path has a token before its terminator")
+    return _mean_squared_sums(torch.where(steps, delta, 0), steps, lam)
+
+
+def _check(mask: Tensor, *tensors: Tensor) -> None:
+    if any(t.shape != mask.shape for t in tensors) or mask.dim() != 2:
+        raise ValueError(f"losses take (B, T) tensors of one shape, not {[tuple(t.shape) for t in (*tensors, mask)]}")
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise ValueError("a mask has a hole: its True values must come first in each row")
+    if not mask.any():
+        raise ValueError("the mask leaves no token")
+
+
+def _mean_squared_sums(steps: Tensor, mask: Tensor, lam: float) -> Tensor:
+    """λ-weighted mean over a < b ≤ length of (Σ_{a ≤ t < b} steps_t)²; steps are 0 where mask is False."""
+    sums = torch.nn.functional.pad(steps.cumsum(-1), (1, 0))
+    residuals = sums[:, None, :] - sums[:, :, None]
+    position = torch.arange(sums.shape[-1], device=steps.device)
+    gap = position[None, :] - position[:, None]
+    weight = torch.where(gap > 0, lam ** (gap.clamp(min=1) - 1).to(steps.dtype), 0)
+    valid = position[None, None, :] <= mask.sum(-1)[:, None, None]
+    weight = weight * valid
+    return (weight * residuals.square()).sum() / weight.sum()
