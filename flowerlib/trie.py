@@ -205,10 +205,10 @@ def _padded(sequences: Sequence[Sequence[int]] | np.ndarray | Tensor) -> np.ndar
         try:
             flat = np.fromiter((t for s in sequences for t in s), dtype=object, count=int(lengths.sum()))
             tokens = flat.astype(np.int64)
-        except (TypeError, ValueError):
-            raise ValueError("tokens must be integers") from None
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError("tokens must be integers below 2^31") from None
         if (tokens != flat).any():
-            raise ValueError("tokens must be integers")
+            raise ValueError("tokens must be integers below 2^31")
         if (tokens < 0).any():
             item = int(np.repeat(np.arange(len(lengths)), lengths)[tokens < 0][0])
             raise ValueError(f"the sequence of item {item} holds a negative token")
@@ -222,6 +222,9 @@ def _padded(sequences: Sequence[Sequence[int]] | np.ndarray | Tensor) -> np.ndar
     gaps = np.flatnonzero(((rows[:, :-1] < 0) & (rows[:, 1:] >= 0)).any(1) | (rows < -1).any(1))
     if len(gaps):
         raise ValueError(f"the sequence of item {gaps[0]} is not padded with -1 on the right alone")
+    huge = np.flatnonzero((rows >= 2**31).any(1))  # node · token must fit into 63 bits
+    if len(huge):
+        raise ValueError(f"the sequence of item {huge[0]} holds a token of 2^31 or more")
     return rows
 
 

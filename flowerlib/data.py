@@ -1,0 +1,540 @@
+"""From a user's files to the processed tables: read, clean, filter, split, write, read back.
+
+The processed schema, one Parquet file per table:
+
+| file | columns |
+|---|---|
+| items.parquet | item_id (integer or string, unique), title (string, not blank) |
+| train.parquet, valid.parquet, test.parquet | history (list of item_id, oldest first, not empty), target (item_id) and, \
+where known, user_id and timestamp (seconds) |
+
+Equal titles under several item ids are kept: they share a leaf of the trie and are merged there.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import json
+import re
+import unicodedata
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from flowerlib import assets, runs
+
+PARTS = ("train", "valid", "test")
+SPLITS = ("leave-one-out", "time")
+INTERACTION = ["user_id", "item_id", "timestamp"]
+Dataset = tuple[pd.DataFrame, pd.DataFrame]  # items (item_id, title), interactions (user_id, item_id, timestamp)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The processed tables (schema above). `history` is an Arrow list column: iterating over it yields lists."""
+
+    items: pd.DataFrame
+    train: pd.DataFrame
+    valid: pd.DataFrame
+    test: pd.DataFrame
+
+
+_ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
+_TAG = re.compile(r"<(script|style)\b.*?</\1\s*>|<!--.*?-->|</?[a-zA-Z][^<>]*>", re.DOTALL | re.IGNORECASE)
+_SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
+_ARTICLE = re.compile(r"(.+), (The|An|A)")
+_YEAR = re.compile(r"(.+?)\s*\((\d{4})(?:[-–]\d{0,4})?\)(?:\s*\((?:V|TV)\))?")
+_INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"}
+
+
+def clean_title(title: str) -> str:
+    """The title in Unicode NFC, HTML entities resolved, tags removed, white space and control characters one space.
+
+    Other characters stay as they are, in any script. Cleaning a clean title changes nothing.
+    """
+    while True:
+        new = unicodedata.normalize("NFC", _ENTITY.sub(lambda m: html.unescape(m[0]), title))
+        new = _SPACE.sub(" ", _TAG.sub(" ", new)).strip()
+        if new == title:
+            return title
+        title = new
+
+
+def move_article(title: str) -> str:
+    """MovieLens' `Matrix, The` as `The Matrix`; A and An too, foreign articles stay."""
+    return _ARTICLE.sub(r"\2 \1", title) if _ARTICLE.fullmatch(title) else title
+
+
+def _is_blank(title: str) -> bool:
+    return all(unicodedata.category(c) in _INVISIBLE for c in title)
+
+
+def _movie_titles(titles: pd.Series, years: pd.Series) -> pd.Series:
+    """Titles without their year and with the article in front; films of equal title get their year if it differs."""
+    found = [_YEAR.fullmatch(title) for title in titles]
+    years = [y if re.fullmatch(r"\d{4}", y) else m[2] if m else None for y, m in zip(years, found)]
+    titles = pd.Series([move_article(m[1] if m else t) for t, m in zip(titles, found)], titles.index, dtype=str)
+    years = pd.Series(years, titles.index, dtype=str)
+    remade = years.notna() & (years.groupby(titles).transform("nunique") > 1)
+    return titles.where(~remade, titles + " (" + years + ")")
+
+
+def read_recbole(folder: str | Path) -> Dataset:
+    """RecBole's atomic files: one .inter (user_id, item_id, timestamp) and one .item (item_id and a title column).
+
+    Films (a column `movie_title`, and `release_year` where it is there) get the MovieLens cleaning, see
+    `read_movielens`; other titles only `clean_title`.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: a malformed line, a missing column, an unknown item.
+    """
+    inter, item = _one(folder, "*.inter"), _one(folder, "*.item")
+    items = _read_table(item, "\t")
+    title = next((c for c in ("movie_title", "title", "item_title", "name") if c in items), None)
+    if title is None:
+        raise ValueError(f"{item} has no title column: name one movie_title:token_seq or title:token_seq")
+    items = items.rename(columns={title: "title", "release_year": "year"})
+    return _dataset(items, _read_table(inter, "\t"), item, inter, films=title == "movie_title")
+
+
+def read_movielens(folder: str | Path) -> Dataset:
+    """GroupLens' files: u.data and u.item, ratings.dat and movies.dat, or ratings.csv and movies.csv.
+
+    Every rating is an interaction, whatever its value. Titles: the year in parentheses is taken off and put back
+    only where films of equal title differ in it; `, The` and the like move to the front; the film called unknown
+    is dropped with its ratings. Timestamps are those of rating sessions, many of them equal.
+
+    Raises:
+        FileNotFoundError: none of the pairs is there. ValueError: a malformed line, an unknown or nameless film.
+    """
+    folder = Path(folder)
+    if (folder / "u.data").is_file():
+        paths = folder / "u.item", folder / "u.data"
+        items = _read_table(paths[0], "|", ["item_id", "title", *map(str, range(22))], latin1=True)
+        ratings = _read_table(paths[1], "\t", ["user_id", "item_id", "rating", "timestamp"])
+    elif (folder / "ratings.dat").is_file():
+        paths = folder / "movies.dat", folder / "ratings.dat"
+        items = _read_table(paths[0], "::", ["item_id", "title", "genres"], latin1=True)
+        ratings = _read_table(paths[1], "::", ["user_id", "item_id", "rating", "timestamp"])
+    elif (folder / "ratings.csv").is_file():
+        paths = folder / "movies.csv", folder / "ratings.csv"
+        names = {"userId": "user_id", "movieId": "item_id"}
+        items, ratings = (_read_table(path, ",").rename(columns=names) for path in paths)
+    else:
+        raise FileNotFoundError(f"{folder} holds none of u.data, ratings.dat and ratings.csv")
+    return _dataset(items, ratings, *paths, films=True)
+
+
+def read_amazon(reviews: str | Path, metadata: str | Path, since: str = "", until: str = "") -> Dataset:
+    """Amazon's 2018 dumps: JSON lines, gzipped or plain, read as a stream.
+
+    Every review is an interaction; `since` (inclusive) and `until` (exclusive) are ISO dates, UTC. Items nobody
+    reviewed are left out, and items without a title are dropped with their reviews, both numbers printed.
+
+    Deviation: the paper searches for a time window that leaves enough items; here the window is given by hand.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: a line that is no JSON object or lacks a field.
+    """
+    first, last = (pd.Timestamp(day, tz="UTC").timestamp() if day else None for day in (since, until))
+    rows, titles = [], {}
+    for where, review in _json_lines(reviews):
+        user, asin, when = (review.get(key) for key in ("reviewerID", "asin", "unixReviewTime"))
+        if not (isinstance(user, str) and isinstance(asin, str) and type(when) is int):
+            raise ValueError(f"{where}: a review needs reviewerID and asin (text) and unixReviewTime (a whole number)")
+        if (first is None or when >= first) and (last is None or when < last):
+            rows.append((user, asin, when))
+    interactions = pd.DataFrame(rows, columns=INTERACTION)
+    interactions = interactions.astype({"user_id": str, "item_id": str, "timestamp": np.int64})
+    reviewed = set(interactions.item_id)
+    for where, product in _json_lines(metadata):
+        if "asin" not in product:
+            raise ValueError(f"{where}: a product needs asin")
+        asin, title = product["asin"], product.get("title")
+        if asin in reviewed and isinstance(title, str) and not titles.get(asin):  # the dump repeats products
+            title = clean_title(title)
+            titles[asin] = "" if _is_blank(title) else title
+    titles = {asin: title for asin, title in titles.items() if title}
+    items = pd.DataFrame({"item_id": list(titles), "title": list(titles.values())}, dtype=str)
+    known = interactions.item_id.isin(items.item_id)
+    if not known.all():
+        print(f"dropped {len(reviewed) - len(items)} items without a title and their {(~known).sum()} reviews")
+    return items, interactions[known].reset_index(drop=True)
+
+
+def _one(folder: str | Path, pattern: str) -> Path:
+    found = sorted(Path(folder).glob(pattern))
+    if len(found) != 1:
+        error = ValueError if found else FileNotFoundError
+        raise error(f"{folder} holds {len(found)} files {pattern}: exactly one is needed")
+    return found[0]
+
+
+def _read_table(path: Path, sep: str, names: list[str] | None = None, latin1: bool = False) -> pd.DataFrame:
+    """The file's cells as strings, indexed by line number; without `names` the first line names the columns."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: it belongs beside the other file of the pair")
+    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        if not latin1:
+            line = raw.count(b"\n", 0, error.start) + 1
+            raise ValueError(f"{path}, line {line}: not UTF-8, save the file as UTF-8") from None
+        raw = raw.decode("latin-1").encode()
+    if len(sep) > 1:
+        raw, sep = raw.replace(sep.encode(), b"\t"), "\t"
+    header = names is None
+    if header:
+        names = [cell.strip().split(":")[0] for cell in raw.split(b"\n", 1)[0].decode().split(sep)]
+    if not raw or raw.count(b"\n") < header:
+        raise ValueError(f"{path} has no rows")
+    bad = []
+
+    def malformed(row: Any) -> str:
+        bad.append(row)
+        return "error"
+
+    try:
+        table = pyarrow.csv.read_csv(
+            pa.BufferReader(raw),
+            pyarrow.csv.ReadOptions(use_threads=False, column_names=names, skip_rows=int(header)),
+            pyarrow.csv.ParseOptions(delimiter=sep, quote_char='"' if sep == "," else False,
+                                     ignore_empty_lines=False, invalid_row_handler=malformed),
+            pyarrow.csv.ConvertOptions(column_types={name: pa.string() for name in names}),
+        )
+    except pa.ArrowInvalid as error:
+        if not bad:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+        row = bad[0]
+        raise ValueError(
+            f"{path}, line {row.number}: {row.actual_columns} fields instead of {row.expected_columns}"
+        ) from None
+    return table.to_pandas().astype(str).set_axis(np.arange(len(table)) + 1 + header)
+
+
+def _json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    path, number = Path(path), 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                value = json.loads(line)
+                if not isinstance(value, dict):
+                    raise ValueError
+                yield f"{path}, line {number}", value
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError):
+        raise ValueError(f"{path} is damaged after line {number}: download it again") from None
+    except ValueError:
+        raise ValueError(f"{path}, line {number}: not a JSON object (the 2018 dumps have one a line)") from None
+
+
+def _dataset(items: pd.DataFrame, interactions: pd.DataFrame, item: Path, inter: Path, films: bool) -> Dataset:
+    """Checked and cleaned (items, interactions) from cells as strings, indexed by line number."""
+    for path, table, names in ((item, items, ["item_id", "title"]), (inter, interactions, INTERACTION)):
+        for name in names:
+            if name not in table:
+                raise ValueError(f"{path} has no column {name}: it has {', '.join(table.columns)}")
+            if name != "title":
+                _refuse(table[name].str.strip() == "", f"{path}, line", f"the {name} is empty")
+    at = f"{item}, line"
+    _refuse(items.item_id.duplicated(), at, "item_id {} stands there twice", items.item_id)
+    titles = items.title.map(clean_title)
+    _refuse(titles.map(_is_blank).astype(bool), at, "the title of item {} is blank, give it one", items.item_id)
+    interactions, at = interactions[INTERACTION].copy(), f"{inter}, line"
+    _refuse(~interactions.item_id.isin(items.item_id), at, f"item {{}} is not in {item.name}", interactions.item_id)
+    times = pd.to_numeric(interactions.timestamp, errors="coerce")
+    _refuse(~np.isfinite(times), at, "timestamp {} is no number", interactions.timestamp)
+    interactions["timestamp"] = times.astype(np.int64)
+    if films:
+        titles = _movie_titles(titles, items.year if "year" in items else pd.Series("", items.index, dtype=str))
+        for name in items.item_id[titles.str.casefold().isin(("unknown", "unkonwn"))]:
+            rated = interactions.item_id == name
+            print(f"dropped item {name}, of unknown title, and its {rated.sum()} ratings")
+            items, interactions = items[items.item_id != name], interactions[~rated]
+    items = pd.DataFrame({"item_id": items.item_id, "title": titles[items.index]}).reset_index(drop=True)
+    interactions = interactions.reset_index(drop=True)
+    whole = r"0|[1-9]\d{0,17}"
+    if items.item_id.str.fullmatch(whole).all():
+        items["item_id"], interactions["item_id"] = items.item_id.astype(int), interactions.item_id.astype(int)
+    if interactions.user_id.str.fullmatch(whole).all():
+        interactions["user_id"] = interactions.user_id.astype(int)
+    return items, interactions
+
+
+def _refuse(wrong: pd.Series, where: str, message: str, values: pd.Series | None = None) -> None:
+    """Raises for the first index (a line or a row) that is wrong."""
+    if wrong.any():
+        i = wrong.idxmax()
+        raise ValueError(f"{where} {i}: {message.format(None if values is None else repr(values[i]))}")
+
+
+def k_core(interactions: pd.DataFrame, k: int) -> pd.DataFrame:
+    """The largest part in which every user and every item has at least k interactions."""
+    while True:
+        keep = np.ones(len(interactions), dtype=bool)
+        for column in ("user_id", "item_id"):
+            codes, unique = pd.factorize(interactions[column])
+            keep &= np.bincount(codes, minlength=len(unique))[codes] >= k
+        if keep.all():
+            return interactions.reset_index(drop=True)
+        interactions = interactions[keep]
+
+
+def split_interactions(items: pd.DataFrame, interactions: pd.DataFrame, how: str, max_history: int) -> Tables:
+    """Rows of (history, target, user_id, timestamp), one for every interaction with a predecessor, in three parts.
+
+    A user's interactions are sorted by time, in the file's order where times are equal (MovieLens stamps rating
+    sessions: half of its steps are ties). The history is the last `max_history` item ids before the target. Rows
+    are ordered by user, in order of appearance, then by time.
+
+    how="leave-one-out": a user's last interaction is test, the last but one validation, the rest training; users
+    with fewer than three interactions are training only. how="time": the rows sorted by time over all users, the
+    first 8/10 training, 1/10 validation, 1/10 test (the paper's split).
+
+    Raises:
+        ValueError: unknown `how`, or max_history below 1.
+    """
+    if how not in SPLITS:
+        raise ValueError(f"unknown split {how!r}: choose one of {', '.join(SPLITS)}")
+    if max_history < 1:
+        raise ValueError(f"max_history is {max_history}: a history needs at least one item")
+    user = pd.factorize(interactions.user_id)[0]
+    order = np.lexsort((interactions.timestamp.to_numpy(), user))
+    rows, user = interactions.iloc[order].reset_index(drop=True), user[order]
+    sizes = np.bincount(user)
+    size, position = np.repeat(sizes, sizes), _within(sizes)
+    part = np.zeros(len(rows), dtype=int)
+    if how == "leave-one-out":
+        part[(size >= 3) & (position == size - 2)] = 1
+        part[(size >= 3) & (position == size - 1)] = 2
+    else:
+        targets = np.flatnonzero(position > 0)
+        ranked = targets[np.argsort(rows.timestamp.to_numpy()[targets], kind="stable")]
+        n = len(ranked)
+        part[ranked[n * 8 // 10 : n * 9 // 10]] = 1
+        part[ranked[n * 9 // 10 :]] = 2
+    ids = pa.array(rows.item_id)
+
+    def table(which: int) -> pd.DataFrame:
+        index = np.flatnonzero((part == which) & (position > 0))
+        lengths = np.minimum(position[index], max_history)
+        history = ids.take(pa.array(np.repeat(index - lengths, lengths) + _within(lengths)))
+        columns = {"history": _list_column(history, lengths), "target": rows.item_id.to_numpy()[index]}
+        return pd.DataFrame(columns | {name: rows[name].array[index] for name in ("user_id", "timestamp")})
+
+    return Tables(items.reset_index(drop=True), *map(table, range(3)))
+
+
+def _within(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, … within each group of the given lengths, the groups one after the other."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _list_column(flat: pa.Array | pa.ChunkedArray, lengths: np.ndarray) -> pd.Series:
+    flat = flat.combine_chunks() if isinstance(flat, pa.ChunkedArray) else flat
+    offsets = pa.array(np.r_[0, np.cumsum(lengths)], pa.int64())
+    return pd.Series(pd.arrays.ArrowExtensionArray(pa.LargeListArray.from_arrays(offsets, flat)))
+
+
+def load(settings: runs.Settings) -> Tables:
+    """The tables of the settings' data: MovieLens-100K if `data_path` is "", otherwise what that folder holds.
+
+    Understood are processed tables (items.parquet …), RecBole (*.inter, *.item), MovieLens (see `read_movielens`)
+    and Amazon's 2018 dumps (meta_*.json[.gz] and one other *.json[.gz], brought to their 5-core). `max_items` keeps
+    the most interacted items and then `max_users` the first users, before the split. Of processed tables, which are
+    split already, `split`, `max_items` and `max_users` change nothing but a printed line; histories are cut to
+    `max_history`.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing in it that is understood.
+        ValueError: malformed data, or a part of the split is empty.
+    """
+    if not settings.data_path and settings.dataset != "movielens-100k":
+        raise ValueError(f"dataset {settings.dataset!r} isn't fetched: put it into a folder and name it in data_path")
+    folder = runs.ROOT / Path(settings.data_path).expanduser() if settings.data_path else assets.movielens_100k()
+    if (folder / "items.parquet").is_file():
+        tables = _cut_histories(read_processed(folder), settings.max_history)
+        if settings.max_items or settings.max_users:
+            print(f"{folder.name} is split already: max_items and max_users are not applied")
+    else:
+        items, interactions = _slice(*_read(folder), settings.max_items, settings.max_users)
+        tables = split_interactions(items, interactions, settings.split, settings.max_history)
+    for part in PARTS:
+        if not len(getattr(tables, part)):
+            raise ValueError(f"{folder} leaves no row for {part}: bring more interactions or another split")
+    return tables
+
+
+def _read(folder: Path) -> Dataset:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: data_path counts from the project's root")
+    if any(folder.glob("*.inter")):
+        return read_recbole(folder)
+    if any((folder / name).is_file() for name in ("u.data", "ratings.dat", "ratings.csv")):
+        return read_movielens(folder)
+    dumps = {path for ending in ("json", "json.gz", "jsonl", "jsonl.gz") for path in folder.glob(f"*.{ending}")}
+    meta = {path for path in dumps if path.name.startswith("meta_")}
+    if len(meta) == 1 and len(dumps) == 2:
+        items, interactions = read_amazon((dumps - meta).pop(), meta.pop())
+        interactions = k_core(interactions, 5)
+        return items[items.item_id.isin(interactions.item_id)].reset_index(drop=True), interactions
+    raise FileNotFoundError(
+        f"{folder} holds no data that is understood: looked for items.parquet, *.inter with *.item, u.data, "
+        "ratings.dat, ratings.csv, and one meta_*.json[.gz] with one other *.json[.gz]"
+    )
+
+
+def _slice(items: pd.DataFrame, interactions: pd.DataFrame, max_items: int, max_users: int) -> Dataset:
+    if max_items:
+        counts = interactions.item_id.value_counts().reindex(items.item_id, fill_value=0).to_numpy()
+        items = items.iloc[np.sort(np.argsort(-counts, kind="stable")[:max_items])].reset_index(drop=True)
+        interactions = interactions[interactions.item_id.isin(items.item_id)]
+    if max_users:
+        interactions = interactions[interactions.user_id.isin(interactions.user_id.unique()[:max_users])]
+    return items, interactions.reset_index(drop=True)
+
+
+def _cut_histories(tables: Tables, max_history: int) -> Tables:
+    def cut(rows: pd.DataFrame) -> pd.DataFrame:
+        flat, offsets = histories(rows)
+        lengths = np.minimum(np.diff(offsets), max_history)
+        kept = flat[np.repeat(offsets[1:] - lengths, lengths) + _within(lengths)]
+        return rows.assign(history=_list_column(pa.array(kept), lengths))
+
+    return Tables(tables.items, *(cut(getattr(tables, part)) for part in PARTS))
+
+
+
+def write_processed(tables: Tables, folder: str | Path) -> None:
+    """Writes the four Parquet files; they replace older ones together, after all are written."""
+    with ExitStack() as stack:
+        for name in ("items", *PARTS):
+            new = stack.enter_context(runs.atomic(Path(folder) / f"{name}.parquet"))
+            getattr(tables, name).to_parquet(new, index=False)
+
+
+def read_processed(folder: str | Path) -> Tables:
+    """The tables that `write_processed`, or anybody else, wrote in the schema above. Titles stay as they are.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or lacks a column; an item_id stands twice; a title is blank or holds a line
+            break; a history is empty; a row names an item that is not in items.parquet. Rows count from 0.
+    """
+    folder = Path(folder)
+    path = folder / "items.parquet"
+    items, at = _read_parquet(path, ("item_id", "title"))[["item_id", "title"]], f"{path}, row"
+    for name in items:
+        _refuse(items[name].isna(), at, f"the {name} is missing")
+    items["title"] = items.title.astype(str)
+    _refuse(items.item_id.duplicated(), at, "item_id {} stands there twice", items.item_id)
+    _refuse(items.title.map(_is_blank).astype(bool), at, "the title of item {} is blank", items.item_id)
+    broken = items.title.str.contains(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+    _refuse(broken, at, "the title of item {} holds a control character, use clean_title", items.item_id)
+    return Tables(items, *(_read_rows(folder / f"{part}.parquet", items) for part in PARTS))
+
+
+def _read_rows(path: Path, items: pd.DataFrame) -> pd.DataFrame:
+    rows, at = _read_parquet(path, ("history", "target")), f"{path}, row"
+    rows = rows[[name for name in ("history", "target", "user_id", "timestamp") if name in rows]]
+    if not isinstance(rows.history.dtype, pd.ArrowDtype):
+        raise ValueError(f"{path}: history is no list of item ids but {rows.history.dtype}")
+    flat, offsets = histories(rows)
+    lengths = np.diff(offsets)
+    _refuse(pd.Series(lengths == 0), at, "the history is empty")
+    known = pd.Index(items.item_id)
+    unknown = np.flatnonzero(known.get_indexer(flat) < 0)
+    if len(unknown):
+        row = np.searchsorted(offsets, unknown[0], side="right") - 1
+        raise ValueError(f"{at} {row}: item {flat[unknown[0]]!r} of the history is not in items.parquet")
+    _refuse(pd.Series(known.get_indexer(rows.target) < 0), at, "target {} is not in items.parquet", rows.target)
+    return rows
+
+
+def _read_parquet(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the processed tables are items, train, valid and test.parquet")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged or no Parquet file: write it anew ({error})") from None
+    for name in needed:
+        if name not in table.column_names:
+            raise ValueError(f"{path} has no column {name}: it has {', '.join(table.column_names)}")
+    lists = {field.name: field.type for field in table.schema if pa.types.is_nested(field.type)}
+    frame = table.drop_columns(list(lists)).to_pandas()
+    for name, kind in lists.items():
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            frame[name] = pd.Series(pd.arrays.ArrowExtensionArray(table[name].cast(pa.large_list(kind.value_type))))
+    return frame
+
+
+def histories(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """All histories one after the other, (n,) item ids, and (len(rows)+1,) offsets: row k's is flat[o[k]:o[k+1]]."""
+    column = pa.chunked_array([pa.array(rows.history)]).combine_chunks()
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    return column.flatten().to_numpy(zero_copy_only=False), np.r_[0, np.cumsum(lengths)].astype(np.int64)
+
+
+def sequences(train: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """The users' training sequences put together from their rows: (n,) item ids and (m+1,) offsets.
+
+    A row continues the earliest earlier row, not continued yet, whose history + target ends in its history (of the
+    same user where user_id is there; histories are capped at the longest). Users' rows may be mixed, but each
+    user's must stand in the order of time. Each training interaction appears once, but for those in no row at all.
+    """
+    flat, offsets = histories(train)
+    n, target = len(train), train.target.to_numpy()
+    codes = pd.factorize(np.r_[flat, target])[0].astype(np.int32)
+    past, next_ = codes[: len(flat)].tobytes(), codes[len(flat) :].tobytes()
+    user = pd.factorize(train.user_id)[0].tolist() if "user_id" in train else [0] * n
+    ends = (4 * offsets).tolist()  # in bytes, as are the slices below
+    cap = 4 * int(np.diff(offsets).max(initial=0))
+    sequence, position, heads = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64), []
+    waiting: dict[tuple[int, bytes], list[int]] = {}  # (user, end of a sequence) -> the rows it ends with
+    for k in range(n):
+        history = past[ends[k] : ends[k + 1]]
+        before = waiting.get((user[k], history))
+        if before:
+            last = before.pop(0)
+            sequence[k], position[k] = sequence[last], position[last] + 1
+            if not before:
+                del waiting[user[k], history]
+        else:
+            sequence[k], position[k] = len(heads), len(history) // 4
+            heads.append(k)
+        waiting.setdefault((user[k], (history + next_[4 * k : 4 * k + 4])[-cap:]), []).append(k)
+    lengths = np.diff(offsets)[heads]
+    starts = np.r_[0, np.cumsum(lengths + np.bincount(sequence, minlength=len(heads)))].astype(np.int64)
+    out = np.empty(starts[-1], dtype=flat.dtype)
+    out[np.repeat(starts[:-1], lengths) + _within(lengths)] = flat[np.repeat(offsets[heads], lengths) + _within(lengths)]
+    out[starts[sequence] + position] = target
+    return out, starts
+
+
+def item_counts(tables: Tables, how: str = "true") -> np.ndarray:
+    """How often each item occurs in training, (n_items,) int64, in the order of `tables.items`.
+
+    how="true": each training interaction once, targets included. how="windowed": every appearance in the training
+    rows' histories, so that early interactions count up to max_history times and a last target not at all.
+
+    Deviation: the official code counts "windowed"; our default is "true".
+
+    Raises:
+        ValueError: unknown `how`.
+    """
+    if how not in ("true", "windowed"):
+        raise ValueError(f"unknown counts {how!r}: choose true or windowed")
+    flat, _ = sequences(tables.train) if how == "true" else histories(tables.train)
+    return np.bincount(pd.Index(tables.items.item_id).get_indexer(flat), minlength=len(tables.items))

@@ -1,0 +1,299 @@
+"""Accuracy, fairness and diversity of recommended lists: arrays in, floats out, no model.
+
+Everything is by leaf: items with equal titles are one leaf, and the leaves are numbered by their first item. Shapes:
+U users, K places of a list, L leaves of the catalogue, G popularity groups (0 = most popular), W distinct words.
+
+- recommendations (U, K): leaf ids, best first, -1 where a list is shorter
+- targets (U,): the leaf each user really chose next
+- counts (L,): training interactions of each leaf (true or windowed: say which beside the result)
+- exposure (L,): how many recommended slots each leaf fills
+
+Source: the metrics of Gao et al., SIGIR 2025 (RQ2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+DIVERSITY = ("h_bits", "ttr", "distinct", "coverage", "gini")  # these depend on the number of users: see evaluate
+
+
+# Accuracy
+
+
+def ranks(recommendations: ArrayLike, targets: ArrayLike) -> Ints:
+    """Place of each target in its user's list, from 0, and -1 where the list does not hold it; (U, K), (U,) -> (U,)."""
+    recommendations, targets = np.asarray(recommendations), np.asarray(targets)
+    if recommendations.ndim != 2 or targets.shape != recommendations.shape[:1]:
+        raise ValueError(f"need (U, K) and (U,), not {recommendations.shape} and {targets.shape}")
+    if (targets < 0).any():
+        raise ValueError("targets are leaf ids from 0")
+    hits = recommendations == targets[:, None]
+    return np.where(hits.any(axis=1), hits.argmax(axis=1), -1)
+
+
+def hit_rate(rank: ArrayLike, k: int) -> Floats:
+    """HR@k of each user: 1 where the target is in the first k places, else 0; (U,) -> (U,)."""
+    rank = np.asarray(rank)
+    return ((rank >= 0) & (rank < k)).astype(float)
+
+
+def ndcg(rank: ArrayLike, k: int) -> Floats:
+    """NDCG@k of each user with one relevant item: 1 / log2(rank + 2) in the first k places, else 0; (U,) -> (U,)."""
+    rank = np.asarray(rank)
+    return hit_rate(rank, k) / np.log2(np.maximum(rank, 0) + 2)
+
+
+# Popularity and fairness
+
+
+def popularity_groups(counts: ArrayLike, n_groups: int = 8) -> Ints:
+    """Popularity group of each leaf, 0 = most popular; (L,) -> (L,).
+
+    Leaves with a count are sorted by it (ties: the lower id first) and cut into groups of equal number, the first
+    ones one larger where it does not divide; leaves without a count join the last group.
+
+    Raises:
+        ValueError: counts are not a vector of numbers >= 0, or fewer than n_groups are positive.
+    """
+    counts = _checked_counts(counts)
+    n_positive = int((counts > 0).sum())
+    if n_positive < n_groups:
+        raise ValueError(f"{n_groups} groups need as many leaves with a count, not {n_positive}")
+    order = np.argsort(-counts, kind="stable")[:n_positive]
+    groups = np.full(len(counts), n_groups - 1)
+    for group, members in enumerate(np.array_split(order, n_groups)):
+        groups[members] = group
+    return groups
+
+
+def exposure_of(recommendations: ArrayLike, n_leaves: int) -> Ints:
+    """Number of slots each leaf fills; (U, K) -> (L,). Empty slots (-1) do not count."""
+    filled = np.asarray(recommendations)
+    filled = filled[filled >= 0]
+    if filled.size and filled.max() >= n_leaves:
+        raise ValueError(f"leaf {filled.max()} is not one of {n_leaves}")
+    return np.bincount(filled, minlength=n_leaves)
+
+
+def group_shares(amounts: ArrayLike, groups: ArrayLike) -> Floats:
+    """Share of each group in an amount per leaf (exposure, or counts for the history); (L,), (L,) -> (G,), sum 1.
+
+    Raises:
+        ValueError: shapes disagree, or the amounts sum to zero.
+    """
+    amounts, groups = np.asarray(amounts, dtype=float), np.asarray(groups)
+    if amounts.shape != groups.shape or amounts.sum() <= 0:
+        raise ValueError(f"need amounts > 0 and one group each, not {amounts.shape} (sum {amounts.sum():g}) "
+                         f"and {groups.shape}")
+    return np.bincount(groups, weights=amounts) / amounts.sum()
+
+
+def group_unfairness(exposure: ArrayLike, counts: ArrayLike, groups: ArrayLike) -> Floats:
+    """GU (G,): share of each group in the recommended slots minus its share in the interactions.
+
+    Deviation: the official code types the history shares in by hand, and an unhit group shifts the others there.
+    """
+    return group_shares(exposure, groups) - group_shares(counts, groups)
+
+
+def dgu(gu: ArrayLike) -> float:
+    """DGU: the largest GU minus the smallest, 0 (fair) to 2."""
+    return float(np.ptp(gu))
+
+
+def mgu(gu: ArrayLike) -> float:
+    """MGU: mean absolute GU, 0 (fair) to 2 / G."""
+    return float(np.abs(gu).mean())
+
+
+def average_popularity(exposure: ArrayLike, counts: ArrayLike) -> float:
+    """Mean count of a recommended slot's leaf (interactions per title)."""
+    return float(np.average(counts, weights=exposure))
+
+
+# Diversity
+
+
+def distinct(exposure: ArrayLike) -> int:
+    """Number of leaves recommended at least once."""
+    return int(np.count_nonzero(exposure))
+
+
+def coverage(exposure: ArrayLike) -> float:
+    """Share of the catalogue recommended at least once, 0 to 1."""
+    return distinct(exposure) / len(np.asarray(exposure))
+
+
+def gini(exposure: ArrayLike) -> float:
+    """Gini coefficient of the exposure over the whole catalogue: equal exposure 0, one holder (L - 1) / L."""
+    x = np.sort(np.asarray(exposure, dtype=float))
+    if not x.size or x[0] < 0 or x.sum() <= 0:
+        raise ValueError("gini needs exposures >= 0 that are not all zero")
+    n = len(x)
+    return max(0.0, float((2 * np.arange(1, n + 1) - n - 1) @ x / (n * x.sum())))
+
+
+def word_counts(exposure: ArrayLike, titles: Sequence[str]) -> Floats:
+    """How often each distinct word of the catalogue (split at white space) stands in a recommended title; -> (W,)."""
+    leaf, word, n_words = _words(titles)
+    return np.bincount(word, weights=np.asarray(exposure)[leaf], minlength=n_words)
+
+
+def word_entropy_bits(counts: ArrayLike) -> float:
+    """H: entropy in bits of the words of all recommended titles, 0 to log2 W; word counts (W,) -> float."""
+    p = np.asarray(counts, dtype=float)
+    p = p[p > 0] / p.sum()
+    return float(-(p @ np.log2(p)) + 0.0)
+
+
+def type_token_ratio(counts: ArrayLike) -> float:
+    """TTR: distinct words / words of all recommended titles, 0 to 1; word counts (W,) -> float."""
+    return float(np.count_nonzero(counts) / np.sum(counts))
+
+
+# All at once, with intervals
+
+
+def evaluate(
+    recommendations: ArrayLike, targets: ArrayLike, counts: ArrayLike, titles: Sequence[str],
+    ks: Sequence[int] = (1, 3, 5, 10), n_bootstrap: int = 1000, seed: int = 0, n_groups: int = 8,
+) -> dict[str, float]:
+    """Every metric, and `<metric>_lo`, `<metric>_hi`: a 95% interval over users (n_bootstrap=0: none).
+
+    Keys: hr@k and ndcg@k for every k, dgu, mgu, average_popularity, h_bits, ttr, distinct, coverage, gini.
+
+    Two kinds of interval. Users are resampled with replacement, and the percentiles taken, for accuracy, fairness and
+    popularity, whose value does not depend on how many users there are. The DIVERSITY metrics do: a resample holds
+    some 63% of the users, hence fewer titles and words, and its percentiles lie wholly beside the value. Theirs is
+    the jackknife: value +- 1.96 standard errors from leaving out one user at a time, for the value that another U
+    users would give; it errs towards too wide (Efron and Stein 1981). So compare diversity at equal U only.
+
+    The intervals cover the choice of test users, not the training seed. Without any hit, HR's interval is [0, 0].
+
+    Raises:
+        ValueError: shapes disagree, ids outside the catalogue, a leaf twice in a list, a user without
+            recommendation, no counts, k above K (lists of ten have no HR@20), or one user alone and an interval.
+    """
+    args = (targets, counts, titles, ks, n_bootstrap, seed, n_groups)
+    values, resampled, left_out = _replicates(recommendations, *args)
+    result = dict(values)
+    upper = {"ttr": 1.0, "coverage": 1.0, "gini": 1.0, "distinct": float(len(titles))}
+    for name, (lo, hi) in _intervals(values, resampled, left_out).items():
+        result[f"{name}_lo"] = max(lo, 0.0)
+        result[f"{name}_hi"] = min(hi, upper.get(name, np.inf))
+    return result
+
+
+def compare(
+    recommendations_a: ArrayLike, recommendations_b: ArrayLike, targets: ArrayLike, counts: ArrayLike,
+    titles: Sequence[str], ks: Sequence[int] = (1, 3, 5, 10), n_bootstrap: int = 1000, seed: int = 0,
+    n_groups: int = 8,
+) -> dict[str, tuple[float, float, float]]:
+    """b minus a for every metric of `evaluate`: (difference, lo, hi), a 95% interval over the same users.
+
+    Paired: a and b are resampled together, so what users have in common cancels. Training seeds are not covered.
+
+    Raises:
+        ValueError: as `evaluate`, or n_bootstrap=0.
+    """
+    if n_bootstrap < 1:
+        raise ValueError("compare needs n_bootstrap >= 1")
+    args = (targets, counts, titles, ks, n_bootstrap, seed, n_groups)
+    a, b = _replicates(recommendations_a, *args), _replicates(recommendations_b, *args)
+    values, resampled, left_out = ({name: b[i][name] - a[i][name] for name in a[i]} for i in range(3))
+    return {name: (values[name], lo, hi) for name, (lo, hi) in _intervals(values, resampled, left_out).items()}
+
+
+def _replicates(
+    recommendations: ArrayLike, targets: ArrayLike, counts: ArrayLike, titles: Sequence[str], ks: Sequence[int],
+    n_bootstrap: int, seed: int, n_groups: int,
+) -> tuple[dict[str, float], dict[str, Floats], dict[str, Floats]]:
+    """Every metric's value, (R,) values over resampled users, and (U,) values with one user left out."""
+    counts = _checked_counts(counts)
+    if len(titles) != len(counts):
+        raise ValueError(f"{len(titles)} titles for {len(counts)} counts")
+    rank, groups = ranks(recommendations, targets), popularity_groups(counts, n_groups)
+    recommendations = _checked_lists(recommendations, targets, len(counts), ks)
+    n_users, shown = len(recommendations), recommendations >= 0
+    per_user = {f"hr@{k}": hit_rate(rank, k) for k in ks} | {f"ndcg@{k}": ndcg(rank, k) for k in ks}
+    per_user["average_popularity"] = np.where(shown, counts[recommendations], 0.0).sum(axis=1)
+    group_slots = ((groups[recommendations] == np.arange(n_groups)[:, None, None]) & shown).sum(axis=2).T
+    history = group_shares(counts, groups)
+    sums = np.column_stack([*per_user.values(), group_slots])
+
+    def from_sums(weights: NDArray) -> dict[str, Floats]:
+        """Metrics that are functions of sums over users, for R weightings of the users: weights (R, U) -> (R,)."""
+        total = weights @ sums
+        slots = total[:, -n_groups:].sum(axis=1)
+        gu = total[:, -n_groups:] / slots[:, None] - history
+        divisor = {"average_popularity": slots}
+        means = {name: total[:, i] / divisor.get(name, n_users) for i, name in enumerate(per_user)}
+        return means | {"dgu": np.ptp(gu, axis=1), "mgu": np.abs(gu).mean(axis=1)}
+
+    leaf, word, n_words = _words(titles)
+
+    def from_exposure(exposure: Ints) -> tuple[float, ...]:
+        words = np.bincount(word, weights=exposure[leaf], minlength=n_words)
+        return (word_entropy_bits(words), type_token_ratio(words), float(distinct(exposure)), coverage(exposure),
+                gini(exposure))
+
+    exposure = exposure_of(recommendations, len(counts))
+    values = {name: float(v[0]) for name, v in from_sums(np.ones((1, n_users))).items()}
+    values |= dict(zip(DIVERSITY, from_exposure(exposure)))
+    if n_bootstrap < 1:
+        return values, {}, {}
+    if n_users < 2:
+        raise ValueError("an interval needs two users at least: pass n_bootstrap=0")
+    draws = np.random.default_rng(seed).multinomial(n_users, np.full(n_users, 1 / n_users), size=n_bootstrap)
+    left_out = [from_exposure(exposure - exposure_of(row, len(counts))) for row in recommendations]
+    return values, from_sums(draws), dict(zip(DIVERSITY, np.array(left_out).T))
+
+
+def _intervals(
+    values: dict[str, float], resampled: dict[str, Floats], left_out: dict[str, Floats]
+) -> dict[str, tuple[float, float]]:
+    """95% intervals that hold the value itself: percentiles of the resampled, jackknife of the left out."""
+    bounds = {name: np.percentile(x, (2.5, 97.5)) for name, x in resampled.items()}
+    for name, x in left_out.items():
+        error = np.sqrt((len(x) - 1) * x.var())
+        bounds[name] = values[name] + 1.96 * error * np.array([-1, 1])
+    return {name: (min(float(lo), values[name]), max(float(hi), values[name])) for name, (lo, hi) in bounds.items()}
+
+
+def _words(titles: Sequence[str]) -> tuple[Ints, Ints, int]:
+    """Leaf and word id of every word of the catalogue, and the number of distinct words."""
+    words = [title.split() for title in titles]
+    if not all(words):
+        raise ValueError(f"leaf {[bool(w) for w in words].index(False)} has an empty title")
+    ids: dict[str, int] = {}
+    word = np.array([ids.setdefault(w, len(ids)) for title in words for w in title], dtype=np.int64)
+    return np.repeat(np.arange(len(words)), [len(w) for w in words]), word, len(ids)
+
+
+def _checked_counts(counts: ArrayLike) -> NDArray:
+    counts = np.asarray(counts)
+    if counts.ndim != 1 or not np.isfinite(counts).all() or (counts < 0).any() or not counts.sum() > 0:
+        raise ValueError("counts must be a vector of numbers >= 0 with a positive sum")
+    return counts
+
+
+def _checked_lists(recommendations: ArrayLike, targets: ArrayLike, n_leaves: int, ks: Sequence[int]) -> Ints:
+    recommendations, targets = np.asarray(recommendations), np.asarray(targets)
+    for name, ids, lowest in (("recommendations", recommendations, -1), ("targets", targets, 0)):
+        if not ids.size or ids.dtype.kind not in "iu" or ids.min() < lowest or ids.max() >= n_leaves:
+            raise ValueError(f"{name} must be integers from {lowest} to {n_leaves - 1}")
+    if min(ks) < 1 or max(ks) > recommendations.shape[1]:
+        raise ValueError(f"k must lie between 1 and the lists' {recommendations.shape[1]} places, not {tuple(ks)}")
+    ordered = np.sort(recommendations, axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        raise ValueError("a list holds one leaf twice: merge items by leaf before the top-K")
+    if (ordered[:, -1] < 0).any():
+        raise ValueError(f"user {int((ordered[:, -1] < 0).argmax())} has no recommendation")
+    return recommendations.astype(np.int64)

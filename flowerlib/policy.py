@@ -1,0 +1,250 @@
+"""The model as a policy over titles: prompts, constrained sampling and beams, recommendations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast
+
+from .trie import TitleTrie
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The titles as the model sees them, encoded once for trie, prompts, training targets and decoding alike.
+
+    Attributes:
+        titles: one per item; items with equal titles share a leaf of the trie.
+        sequences: tokens of each title, then the terminator ⊤.
+        trie: the prefix tree of `sequences`.
+        header, separator, footer: token lists; a prompt is header, title, separator, title, separator, …, footer.
+        eos: what follows a target in training, or None.
+    """
+
+    titles: list[str]
+    sequences: list[list[int]]
+    trie: TitleTrie
+    header: list[int]
+    separator: list[int]
+    footer: list[int]
+    eos: int | None
+
+    @classmethod
+    def build(
+        cls, tokenizer: PreTrainedTokenizerFast, titles: Sequence[str], category: str, rows: str = "sequence"
+    ) -> Catalogue:
+        """Encodes titles and prompt.
+
+        Deviation: title and terminator are encoded apart and joined, here and everywhere; the official code encodes
+        them together for the target but apart for the trie, which disagree where the tokenizer merges the two.
+
+        Args:
+            category: what the prompt calls an item ("movie").
+            rows: "sequence" (a list of titles that simply goes on) or "target" (an instruction, one title as answer).
+
+        Raises:
+            ValueError: the newline is not one token; a title encodes to nothing or holds the terminator.
+        """
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False)
+
+        if len(encode("\n")) != 1:
+            raise ValueError("this tokenizer has no token of its own for the newline that ends a title")
+        end = encode("\n")
+        sequences = [[*ids, *end] for ids in tokenizer(list(titles), add_special_tokens=False).input_ids]
+        for i, ids in enumerate(sequences):
+            if len(ids) == 1 or end[0] in ids[:-1]:
+                raise ValueError(f"item {i} has the title {titles[i]!r}, which is empty or holds a newline: clean it")
+        header, separator, footer = prompt_texts(category, rows)
+        return cls(
+            list(titles), sequences, TitleTrie.from_sequences(sequences), encode(header),
+            end if separator == "\n" else encode(separator), encode(footer) if footer else [],
+            tokenizer.eos_token_id if rows == "target" else None,
+        )
+
+    @property
+    def terminator(self) -> int:
+        """The token ⊤ that ends every title."""
+        return self.sequences[0][-1]
+
+    @property
+    def leaf_titles(self) -> list[str]:
+        """(n_leaves,) the title of each leaf id."""
+        ids = self.trie.node_leaf[self.trie.leaf].tolist()
+        return [title for _, title in sorted(dict(zip(ids, self.titles)).items())]
+
+    def context(self, history: Sequence[int]) -> list[int]:
+        """Tokens of the prompt for a history of item positions, oldest first. An empty history is allowed."""
+        body = [t for item in history for t in (*self.sequences[item][:-1], *self.separator)]
+        return [*self.header, *body, *self.footer]
+
+
+def prompt_texts(category: str, rows: str) -> tuple[str, str, str]:
+    """(header, separator, footer) of the two forms of prompt."""
+    if rows == "sequence":
+        return f"Titles that one person chose, one {category} after the other:\n", "\n", ""
+    if rows == "target":
+        header = (
+            f"### Instruction:\nRecommend the {category} that this user will like next.\n\n"
+            f"### Input:\nThe user has enjoyed the following {category} titles: "
+        )
+        return header, ", ", "\n\n### Response:\n"
+    raise ValueError(f"rows is {rows!r}: choose sequence or target")
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Token lists → input_ids and attention_mask, (B, T) each, padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(width) >= width - lengths[:, None]).long()
+
+
+@torch.no_grad()
+def sample_leaves(
+    model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, attention_mask: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Draws one title per prompt from the model renormalised over the children of each node.
+
+    Only the children's logits are looked at; the prompt stays in view through the key-value cache.
+
+    Args:
+        input_ids, attention_mask: (B, T) prompts padded on the left.
+
+    Returns:
+        (B,) leaf nodes.
+    """
+    nodes = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+    position = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    cache = None
+    for _ in range(trie.max_depth):
+        out = model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position, past_key_values=cache,
+            use_cache=True, logits_to_keep=1,
+        )
+        cache = out.past_key_values
+        rows, children = trie.children(nodes)
+        if len(rows) == 0:
+            break
+        scores = out.logits[rows, -1, trie.token[children]].float() / temperature
+        noisy = scores - torch.empty_like(scores).exponential_().log()  # Gumbel noise: the argmax is a sample
+        best = torch.full((len(nodes),), -torch.inf, device=scores.device).scatter_reduce(0, rows, noisy, "amax")
+        chosen = noisy == best[rows]
+        nodes = nodes.index_copy(0, rows[chosen], children[chosen])
+        input_ids = trie.token[nodes][:, None]
+        attention_mask = torch.cat([attention_mask, torch.ones_like(input_ids)], -1)
+        position = position[:, -1:] + 1
+    return nodes
+
+
+class TrieLogitsProcessor(LogitsProcessor):
+    """Masks every token that does not continue a title; where nothing does, it allows the terminator alone.
+
+    Args:
+        prompt_length: columns of input_ids that hold the prompt.
+        blocked: (n_prompts, n_nodes) bool, nodes that a prompt may not enter, or None.
+    """
+
+    def __init__(self, trie: TitleTrie, prompt_length: int, terminator: int, blocked: Tensor | None = None):
+        self.trie, self.prompt_length, self.terminator, self.blocked = trie, prompt_length, terminator, blocked
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        nodes = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+        for column in range(self.prompt_length, input_ids.shape[1]):
+            nodes = self.trie.advance(nodes, input_ids[:, column])
+        if self.blocked is None:
+            allowed = self.trie.allowed_mask(nodes, scores.shape[-1])
+        else:
+            rows, children = self.trie.children(nodes)
+            beams = len(nodes) // len(self.blocked)
+            free = ~self.blocked[rows // beams, children]
+            allowed = torch.zeros_like(scores, dtype=torch.bool)
+            allowed[rows[free], self.trie.token[children[free]]] = True
+        allowed[:, self.terminator] |= ~allowed.any(-1)
+        return scores.masked_fill(~allowed, -torch.inf)
+
+
+@torch.no_grad()
+def beam_search(
+    model: PreTrainedModel, catalogue: Catalogue, contexts: Sequence[Sequence[int]], n_beams: int,
+    length_normalised: bool = False, child_renormalised: bool = False, seen: Sequence[Sequence[int]] | None = None,
+    batch_size: int = 16, progress: str | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `n_beams` best titles for each prompt, by transformers' beam search under the trie's mask.
+
+    A title's score is Σ log π over its tokens, ⊤ included, in nats and over the whole vocabulary.
+    Each prompt is computed once, not once per beam.
+
+    Args:
+        contexts: prompts as token lists (`Catalogue.context`).
+        length_normalised: divide the score by the number of tokens, ⊤ included (the official choice).
+        child_renormalised: take π over the children of each node alone.
+        seen: item positions never to be recommended, per prompt.
+        progress: label of a progress bar, or None.
+
+    Returns:
+        leaf ids (N, n_beams) best first and -1 where a beam found nothing; scores (N, n_beams), -inf there.
+    """
+    trie = catalogue.trie.to(model.device)
+    leaves = np.full((len(contexts), n_beams), -1)
+    scores = np.full((len(contexts), n_beams), -np.inf)
+    order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    for batch in tqdm(batches, desc=progress, disable=progress is None):
+        input_ids, mask = left_padded([contexts[i] for i in batch])
+        blocked = _seen_nodes(trie, [seen[i] for i in batch]) if seen is not None else None
+        found, score = _beam_batch(
+            model, trie, input_ids.to(model.device), mask.to(model.device), n_beams, catalogue.terminator, blocked,
+            length_normalised, child_renormalised,
+        )
+        leaves[batch], scores[batch] = found.cpu().numpy(), score.cpu().numpy()
+    return leaves, scores
+
+
+def _beam_batch(
+    model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, mask: Tensor, n_beams: int, terminator: int,
+    blocked: Tensor | None, length_normalised: bool, child_renormalised: bool,
+) -> tuple[Tensor, Tensor]:
+    width = input_ids.shape[1]
+    cache = model(
+        input_ids=input_ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True, logits_to_keep=1,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
+    ).past_key_values
+    cache.batch_repeat_interleave(n_beams)
+    config = GenerationConfig(
+        num_beams=n_beams, num_return_sequences=n_beams, max_new_tokens=trie.max_depth, do_sample=False,
+        length_penalty=float(length_normalised), early_stopping="never" if length_normalised else False,
+        eos_token_id=terminator, pad_token_id=terminator, renormalize_logits=child_renormalised,
+        return_dict_in_generate=True, output_scores=True,
+    )
+    processor = TrieLogitsProcessor(trie, width, terminator, blocked)
+    out = model.generate(
+        input_ids=input_ids, attention_mask=mask, past_key_values=cache, generation_config=config,
+        logits_processor=[processor],
+    )
+    nodes = torch.zeros(len(out.sequences), dtype=torch.long, device=input_ids.device)
+    for column in range(width, out.sequences.shape[1]):
+        step = trie.advance(nodes, out.sequences[:, column])
+        nodes = torch.where(trie.node_leaf[nodes] >= 0, nodes, step.clamp(min=0))
+    leaves = trie.node_leaf[nodes].view(-1, n_beams)
+    scores = out.sequences_scores.view(-1, n_beams)
+    found = (leaves >= 0) & (scores > -1e8)
+    if blocked is not None:
+        found &= ~blocked.gather(1, nodes.view(-1, n_beams))
+    return torch.where(found, leaves, -1), torch.where(found, scores, -torch.inf)
+
+
+def _seen_nodes(trie: TitleTrie, seen: Sequence[Sequence[int]]) -> Tensor:
+    """(B, n_nodes) bool: nodes under which every title was seen. Equal titles are seen together."""
+    flows = torch.zeros(len(seen), trie.n_items, device=trie.leaf.device)
+    for row, items in enumerate(seen):
+        flows[row, list(items)] = -torch.inf
+    by_leaf = torch.zeros(len(seen), len(trie.leaves), device=flows.device)
+    by_leaf.index_add_(1, trie.item_leaf, flows)
+    return trie.log_flows(by_leaf[:, trie.item_leaf]) == -torch.inf
