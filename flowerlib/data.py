@@ -159,8 +159,8 @@ def read_amazon(reviews: str | Path, metadata: str | Path, since: str = "", unti
     interactions = interactions.astype({"user_id": str, "item_id": str, "timestamp": np.int64})
     reviewed = set(interactions.item_id)
     for where, product in _json_lines(metadata):
-        if "asin" not in product:
-            raise ValueError(f"{where}: a product needs asin")
+        if not isinstance(product.get("asin"), str):
+            raise ValueError(f"{where}: a product needs asin (text)")
         asin, title = product["asin"], product.get("title")
         if asin in reviewed and isinstance(title, str) and not titles.get(asin):  # the dump repeats products
             title = clean_title(title)
@@ -415,7 +415,6 @@ def _cut_histories(tables: Tables, max_history: int) -> Tables:
     return Tables(tables.items, *(cut(getattr(tables, part)) for part in PARTS))
 
 
-
 def write_processed(tables: Tables, folder: str | Path) -> None:
     """Writes the four Parquet files; they replace older ones together, after all are written."""
     with ExitStack() as stack:
@@ -473,7 +472,7 @@ def _read_parquet(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
         if name not in table.column_names:
             raise ValueError(f"{path} has no column {name}: it has {', '.join(table.column_names)}")
     lists = {field.name: field.type for field in table.schema if pa.types.is_nested(field.type)}
-    frame = table.drop_columns(list(lists)).to_pandas()
+    frame = table.drop_columns(list(lists)).replace_schema_metadata().to_pandas()  # pandas' own notes may be odd
     for name, kind in lists.items():
         if pa.types.is_list(kind) or pa.types.is_large_list(kind):
             frame[name] = pd.Series(pd.arrays.ArrowExtensionArray(table[name].cast(pa.large_list(kind.value_type))))

@@ -1,0 +1,364 @@
+"""One trainer for SFT and Flower: rows of titles in, a tuned language model out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import data, runs
+from .backbone import split_layers
+from .losses import sft_loss, subtb_loss
+from .policy import Catalogue, left_padded, sample_leaves
+from .runs import Settings
+from .trie import TitleTrie
+
+NO_TARGET, EOS_TARGET = -1, -2  # values in a row's `nodes` where there is no trie node
+LORA_TARGETS = "all-linear"
+
+
+class Rows(Dataset):
+    """Training or validation rows: token ids and, for each, the trie node that it reaches if it is a target.
+
+    Attributes:
+        input_ids, nodes: lists of (L,) int64 arrays; nodes is NO_TARGET on the prompt and EOS_TARGET on an eos.
+        hidden: what the frozen trunk makes of all rows' tokens, (Σ L, H) float16, or None.
+    """
+
+    def __init__(self, input_ids: list[np.ndarray], nodes: list[np.ndarray]):
+        self.input_ids, self.nodes = input_ids, nodes
+        self.start = np.r_[0, np.cumsum([len(ids) for ids in input_ids])]
+        self.hidden: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        row = {"input_ids": self.input_ids[i], "nodes": self.nodes[i]}
+        if self.hidden is not None:
+            row["hidden"] = self.hidden[self.start[i] : self.start[i + 1]]
+        return row
+
+    def run_trunk(self, trunk: torch.nn.Module, path: Path, batch_size: int = 16) -> None:
+        """Runs the frozen layers once over all rows and keeps their output on disk as float16, memory-mapped."""
+        shape = (int(self.start[-1]), trunk.config.hidden_size)
+        if not path.exists():
+            with runs.atomic(path) as new:
+                out = np.lib.format.open_memmap(new, mode="w+", dtype=np.float16, shape=shape)
+                order = sorted(range(len(self)), key=lambda i: -len(self.input_ids[i]))
+                for first in tqdm(range(0, len(order), batch_size), desc="frozen layers, once", unit="batch"):
+                    batch = order[first : first + batch_size]
+                    ids, mask = left_padded([self.input_ids[i].tolist() for i in batch])
+                    with torch.no_grad():
+                        hidden = trunk(input_ids=ids, attention_mask=mask, position_ids=positions(mask))
+                    for i, states in zip(batch, hidden.last_hidden_state, strict=True):
+                        states = states[-len(self.input_ids[i]) :].half()
+                        if not torch.isfinite(states).all():
+                            raise ValueError("the frozen layers' output leaves float16's range: set frozen_layers to 0")
+                        out[self.start[i] : self.start[i + 1]] = states.numpy()
+                out.flush()
+                del out
+        self.hidden = np.load(path, mmap_mode="r")
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """(B, T) positions that count from each row's first real token."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def make_rows(catalogue: Catalogue, histories: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Rows:
+    """Rows of prompt, then targets one after the other, each ending in ⊤, then eos if the catalogue has one.
+
+    Args:
+        histories: item positions of each prompt.
+        targets: item positions of each row's targets (one in the paper's form, a whole sequence in the other).
+    """
+    item_paths = [path[path >= 0].numpy() for path in catalogue.trie.paths(catalogue.trie.leaf)]
+    ids, nodes = [], []
+    for history, wanted in zip(histories, targets, strict=True):
+        prompt = catalogue.context(history)
+        tail = [] if catalogue.eos is None else [catalogue.eos]
+        ids.append(np.array(prompt + [t for i in wanted for t in catalogue.sequences[i]] + tail))
+        nodes.append(np.concatenate(
+            [np.full(len(prompt), NO_TARGET), *(item_paths[i] for i in wanted), np.full(len(tail), EOS_TARGET)]
+        ).astype(np.int64))
+    return Rows(ids, nodes)
+
+
+def training_rows(catalogue: Catalogue, tables: data.Tables, chosen: Settings) -> Rows:
+    """Every training target once: in rows of up to max_history titles ("sequence"), or one a prompt ("target")."""
+    index = pd.Index(tables.items.item_id)
+    if chosen.rows == "target":
+        histories, targets = row_positions(tables, tables.train)
+        return make_rows(catalogue, histories, [[t] for t in targets])
+    flat, start = data.sequences(tables.train)
+    flat = index.get_indexer(flat).tolist()
+    windows = [
+        flat[i : min(i + chosen.max_history, stop)]
+        for first, stop in zip(start[:-1], start[1:]) for i in range(first, stop, chosen.max_history)
+    ]
+    return make_rows(catalogue, [[]] * len(windows), windows)
+
+
+def row_positions(tables: data.Tables, rows: pd.DataFrame) -> tuple[list[list[int]], list[int]]:
+    """Histories and targets of table rows as positions in `tables.items`."""
+    index = pd.Index(tables.items.item_id)
+    flat, offsets = data.histories(rows)
+    flat = index.get_indexer(flat).tolist()
+    return [flat[a:b] for a, b in zip(offsets[:-1], offsets[1:])], index.get_indexer(rows.target).tolist()
+
+
+def collate(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Rows → input_ids, attention_mask, nodes (B, L) and, with a trunk, inputs_embeds (B, L, H); left-padded."""
+    ids, mask = left_padded([row["input_ids"].tolist() for row in rows])
+    nodes, _ = left_padded([row["nodes"].tolist() for row in rows], pad=NO_TARGET)
+    batch = {"input_ids": ids, "attention_mask": mask, "nodes": nodes}
+    if "hidden" in rows[0]:
+        hidden = torch.zeros(*ids.shape, rows[0]["hidden"].shape[-1])
+        for i, row in enumerate(rows):
+            hidden[i, ids.shape[1] - len(row["hidden"]) :] = torch.from_numpy(np.asarray(row["hidden"], np.float32))
+        batch["inputs_embeds"] = hidden
+    return batch
+
+
+class FlowerTrainer(Trainer):
+    """transformers' Trainer with Flower's loss θ · L_SFT + (1 − θ) · L_flow; θ = 1 is SFT.
+
+    Args:
+        trie, log_token_rewards: the flow's tree and (n_nodes,) log r(parent → s), nats.
+        theta, lam, paths: see `runs.Settings`. Paths are the logged titles, or one title a prompt drawn from the
+            flow or from the model itself under the trie's mask; log π is over the whole vocabulary.
+
+    Deviation: where the official code samples through a switched-off cache, so that all tokens but the first ignore
+    the prompt, paths here see the whole prompt. Sampled paths share one forward pass with the logged row.
+    """
+
+    def __init__(
+        self, *args: Any, trie: TitleTrie, log_token_rewards: Tensor, theta: float, lam: float, paths: str,
+        **kwargs: Any,
+    ):
+        if paths not in ("logged", "reward", "policy"):
+            raise ValueError(f"paths is {paths!r}: choose logged, reward or policy")
+        super().__init__(*args, data_collator=collate, **kwargs)
+        self.trie = trie.to(self.args.device)
+        self.log_r = log_token_rewards.float().to(self.args.device)
+        self.theta, self.lam, self.paths = theta, lam, paths
+        self.model_accepts_loss_kwargs = False
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def compute_loss(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        batch = dict(inputs)
+        nodes, mask = batch.pop("nodes"), batch["attention_mask"]
+        predictor = torch.arange(nodes.shape[1], device=nodes.device).expand_as(nodes) - 1
+        sampled = torch.zeros_like(nodes, dtype=torch.bool)
+        batch["position_ids"] = positions(mask)
+        tokens = batch["input_ids"]
+        if self.theta < 1 and self.paths != "logged" and model.training:
+            batch, nodes, predictor, sampled = self._with_sampled_paths(model, batch, nodes)
+            tokens = batch["input_ids"]
+        if "inputs_embeds" in batch:
+            del batch["input_ids"]
+        target = nodes != NO_TARGET
+        first = int(predictor[target].min())  # no logits are needed before it
+        logits = model(**batch, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
+        rows = target.nonzero()[:, 0]
+        chosen = logits[rows, predictor[target] - first].float()
+        log_pf = chosen.gather(1, tokens[target][:, None])[:, 0] - chosen.logsumexp(-1)
+        reached, drawn = nodes[target], sampled[target]
+        loss = sft = sft_loss(log_pf, ~drawn)
+        self._note("sft", sft)
+        if self.theta < 1:
+            in_flow = (reached >= 0) & (drawn if drawn.any() else ~drawn)
+            flow = self._flow_loss(log_pf[in_flow], reached[in_flow])
+            self._note("flow", flow)
+            loss = self.theta * sft + (1 - self.theta) * flow
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _flow_loss(self, log_pf: Tensor, nodes: Tensor) -> Tensor:
+        """SubTB over titles laid one after the other: log π (n,) and the nodes reached (n,)."""
+        depth = self.trie.depth[nodes] - 1
+        path = (depth == 0).cumsum(0) - 1
+        shape = (int(path[-1]) + 1, int(depth.max()) + 1)
+        mask = torch.zeros(shape, dtype=torch.bool, device=nodes.device)
+        mask[path, depth] = True
+        rows_pf, rows_r = (torch.zeros(shape, device=nodes.device) for _ in range(2))
+        rows_pf = rows_pf.index_put((path, depth), log_pf)
+        rows_r[path, depth] = self.log_r[nodes]
+        return subtb_loss(rows_pf, rows_r, mask, self.lam)
+
+    def _with_sampled_paths(
+        self, model: PreTrainedModel, batch: dict[str, Tensor], nodes: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """One drawn title a row, packed behind it: it sees the prompt before one of the row's targets, not the target.
+
+        Returns the batch with a (B, 1, L', L') mask, and nodes, predictor and sampled, (B, L') each.
+        """
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        n, width = ids.shape
+        starts = self.trie.depth[nodes.clamp(min=0)] == 1
+        starts &= nodes >= 0
+        end = torch.multinomial(starts.float(), 1)[:, 0]  # the column at which the drawn title's rival starts
+        if self.paths == "policy":
+            shift = (torch.arange(width, device=ids.device) - (width - end)[:, None]) % width
+            prompt = torch.arange(width, device=ids.device) >= (width - mask.cumsum(-1).gather(1, end[:, None] - 1))
+            model.eval()
+            leaves = sample_leaves(self.accelerator.unwrap_model(model), self.trie, ids.gather(1, shift), prompt.long())
+            model.train()
+        else:
+            leaf_flow = torch.zeros(n, device=ids.device).long()
+            for _ in range(self.trie.max_depth):
+                rows, children = self.trie.children(leaf_flow)
+                if len(rows) == 0:
+                    break
+                noisy = self.log_r[children] - torch.empty(len(children), device=ids.device).exponential_().log()
+                best = torch.full((n,), -torch.inf, device=ids.device).scatter_reduce(0, rows, noisy, "amax")
+                leaf_flow = leaf_flow.index_copy(0, rows[noisy == best[rows]], children[noisy == best[rows]])
+            leaves = leaf_flow
+        path = self.trie.paths(leaves)
+        drawn = path >= 0
+        column = torch.arange(width + path.shape[1], device=ids.device)
+        old, new = column < width, column >= width
+        real = torch.cat([mask.bool(), drawn], 1)
+        causal = column[:, None] >= column[None, :]
+        visible = (old[None, :, None] & old[None, None, :]) | (new[None, :, None] & (
+            new[None, None, :] | (column < end[:, None])[:, None, :]
+        ))
+        attention = (causal & visible & real[:, None, :]) | torch.eye(len(column), dtype=torch.bool, device=ids.device)
+        position = positions(mask)
+        after = position.gather(1, end[:, None]) + torch.arange(path.shape[1], device=ids.device)
+        predictor = torch.cat([column[:width].expand(n, -1) - 1, column[width:].expand(n, -1) - 1], 1).clone()
+        predictor[:, width] = end - 1
+        packed = {
+            "input_ids": torch.cat([ids, torch.where(drawn, self.trie.token[path.clamp(min=0)], 0)], 1),
+            "attention_mask": attention[:, None], "position_ids": torch.cat([position, after], 1),
+        }
+        nodes = torch.cat([nodes, torch.where(drawn, path, NO_TARGET)], 1)
+        sampled = torch.cat([torch.zeros_like(mask).bool(), drawn], 1)
+        return packed, nodes, predictor, sampled
+
+    def _note(self, name: str, value: Tensor) -> None:
+        key = name if self.model.training else f"eval_{name}"
+        self._parts.setdefault(key, []).append(value.detach())
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the parts of the loss, averaged since the last log, to transformers' own record."""
+        prefix = "eval_" if "eval_loss" in logs else ""
+        for key in [k for k in self._parts if k.startswith("eval_") == bool(prefix)]:
+            logs[key] = float(torch.stack(self._parts.pop(key)).mean())
+        super().log(logs, *args, **kwargs)
+
+
+def train(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, catalogue: Catalogue, tables: data.Tables,
+    log_item_rewards: Tensor, chosen: Settings, folder: Path, cache: Path, seed: int, theta: float,
+) -> pd.DataFrame:
+    """Tunes `model` in place and saves it, with tokenizer, items and settings, under `folder`, ready for `recommend`.
+
+    The checkpoint of the lowest validation loss is kept. A killed run resumes from its last checkpoint if the
+    settings are the same.
+
+    Args:
+        cache: folder in which the frozen layers' output is kept, shared by the runs on one backbone.
+        theta: 1 for SFT, chosen.theta for Flower.
+
+    Returns:
+        The log: columns step, loss, kind ("train" or "validation"), sft and flow (nats per token, nats²).
+    """
+    if chosen.frozen_layers and chosen.paths != "logged" and theta < 1:
+        raise ValueError("paths other than logged need every layer at hand: set frozen_layers to 0")
+    rows = training_rows(catalogue, tables, chosen)
+    histories, targets = row_positions(tables, tables.valid)
+    keep = np.random.default_rng(seed).permutation(len(targets))[: chosen.validation_rows or None]
+    valid = make_rows(catalogue, [histories[i] for i in keep], [[targets[i]] for i in keep])
+    tuned = model
+    if chosen.frozen_layers:
+        trunk, tuned = split_layers(model, chosen.frozen_layers)
+        rows.run_trunk(trunk, cache / "train.npy")
+        valid.run_trunk(trunk, cache / f"valid_{seed}.npy")
+    if chosen.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=chosen.lora_rank, lora_alpha=2 * chosen.lora_rank, target_modules=LORA_TARGETS)
+        tuned = get_peft_model(tuned, config)
+    elif chosen.frozen_layers:
+        tuned.get_input_embeddings().requires_grad_(False)
+    checkpoints = folder / "checkpoints"
+    plan = {"settings": asdict(chosen), "seed": seed, "theta": theta}
+    if (checkpoints / "plan.json").exists() and json.loads((checkpoints / "plan.json").read_text()) != plan:
+        shutil.rmtree(checkpoints)
+    runs.write_json(checkpoints / "plan.json", plan)
+    total = max(1, round(chosen.epochs * len(rows) / chosen.batch_size))
+    every = -(-total // chosen.evaluations)
+    runs.seed_everything(seed)
+    trainer = FlowerTrainer(
+        tuned, _arguments(chosen, checkpoints, total, every, seed), train_dataset=rows, eval_dataset=valid,
+        trie=catalogue.trie, theta=theta, lam=chosen.lam, paths=chosen.paths,
+        log_token_rewards=catalogue.trie.log_token_rewards(log_item_rewards), callbacks=[_OneBar()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints))
+    if chosen.lora_rank:
+        tuned.merge_and_unload()
+    with runs.atomic(folder / "model") as new:
+        model.eval().save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    tables.items.to_parquet(folder / "items.parquet", index=False)
+    runs.write_json(folder / "settings.json", asdict(chosen))
+    log = _log_table(trainer.state.log_history)
+    shutil.rmtree(checkpoints)
+    return log
+
+
+def _arguments(chosen: Settings, folder: Path, total: int, every: int, seed: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=chosen.batch_size,
+        per_device_eval_batch_size=2 * chosen.batch_size, learning_rate=chosen.learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=total // 20, max_steps=total, eval_strategy="steps",
+        eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", logging_steps=max(1, total // 50), report_to="none", seed=seed,
+        remove_unused_columns=False, label_names=["nodes"], prediction_loss_only=True, disable_tqdm=True,
+        bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(), max_grad_norm=1.0,
+    )
+
+
+class _OneBar(TrainerCallback):
+    """One tqdm bar over the steps, with the last losses beside it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        self.bar.set_postfix({k: f"{v:.3f}" for k, v in (logs or {}).items() if k in ("loss", "eval_loss")})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def _log_table(history: list[dict[str, float]]) -> pd.DataFrame:
+    records = []
+    for entry in history:
+        for kind, prefix in (("train", ""), ("validation", "eval_")):
+            if f"{prefix}loss" in entry:
+                record = {"step": entry["step"], "kind": kind, "loss": entry[f"{prefix}loss"]}
+                records.append(record | {k: entry[prefix + k] for k in ("sft", "flow") if prefix + k in entry})
+    return pd.DataFrame(records)

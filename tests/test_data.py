@@ -1,0 +1,504 @@
+"""Readers, titles, splits and counts, on hand-made files, against naive references and on the real MovieLens-100K."""
+
+import gzip
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowerlib import assets, data, runs
+
+prove = settings(max_examples=60, deadline=None, derandomize=True)
+FILMS = ["Toy Story", "Heat"]
+RATED = [[1, 10, 5], [1, 20, 6], [2, 20, 7]]
+
+
+def put(path, text, encoding="utf-8"):
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def recbole(
+    folder,
+    item="item_id:token\tmovie_title:token_seq\n10\tToy Story\n20\tHeat\n",
+    inter="user_id:token\titem_id:token\ttimestamp:float\n1\t10\t5.0\n1\t20\t6\n2\t20\t7\n",
+):
+    put(folder / "a.item", item)
+    put(folder / "a.inter", inter)
+    return folder
+
+
+def jsonl(path, *rows):
+    raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+def review(user, asin, when):
+    return {"reviewerID": user, "asin": asin, "unixReviewTime": when, "overall": 5.0}
+
+
+def frame(rows):
+    return pd.DataFrame(rows, columns=data.INTERACTION)
+
+
+def lists(rows):
+    return [list(history) for history in rows.history]
+
+
+# --- readers ---
+
+
+def test_recbole(tmp_path):
+    items, interactions = data.read_recbole(recbole(tmp_path))
+    assert items.to_dict("list") == {"item_id": [10, 20], "title": FILMS}
+    assert interactions.to_numpy().tolist() == RATED
+
+
+def test_recbole_of_other_things_keeps_ids_years_and_articles(tmp_path):
+    item = "item_id:token\ttitle:token_seq\nB01\tRules, The (1999)\nB02\tA \"quoted\" &amp; odd, one\n"
+    inter = "\ufefftimestamp:float\titem_id:token\tuser_id:token\r\n3\tB02\tu1\r\n"
+    items, interactions = data.read_recbole(recbole(tmp_path, item, inter))
+    assert items.title.tolist() == ["Rules, The (1999)", 'A "quoted" & odd, one']
+    assert interactions.to_numpy().tolist() == [["u1", "B02", 3]]
+
+
+def test_recbole_keeps_leading_zeros_apart(tmp_path):
+    item = "item_id:token\ttitle:token_seq\n1\tOne\n01\tOther\n"
+    items, _ = data.read_recbole(recbole(tmp_path, item, "user_id\titem_id\ttimestamp\n1\t01\t5\n"))
+    assert items.item_id.tolist() == ["1", "01"]
+
+
+def movielens_100k(folder):
+    rest = "|".join(["01-Jan-1995", "", "http://x", *"0" * 19])
+    put(folder / "u.item", f"10|Toy Story (1995)|{rest}\n20|Misérables, Les (1995)|{rest}\n", "latin-1")
+    put(folder / "u.data", "1\t10\t3\t5\n1\t20\t1\t6\n2\t20\t5\t7\n")
+    return ["Toy Story", "Misérables, Les"]
+
+
+def movielens_1m(folder):
+    put(folder / "movies.dat", "10::Toy Story (1995)::Animation|Comedy\n20::Café, The (1995)::Crime\n", "latin-1")
+    put(folder / "ratings.dat", "1::10::3::5\n1::20::1::6\n2::20::5::7\n")
+    return ["Toy Story", "The Café"]
+
+
+def movielens_csv(folder):
+    put(folder / "movies.csv", 'movieId,title,genres\r\n10,Toy Story (1995),A|B\r\n20,"Heat, The ""X"" (1995)",C\r\n')
+    put(folder / "ratings.csv", "userId,movieId,rating,timestamp\r\n1,10,3.5,5\r\n1,20,1.0,6\r\n2,20,5.0,7\r\n")
+    return ["Toy Story", 'Heat, The "X"']
+
+
+@pytest.mark.parametrize("make", [movielens_100k, movielens_1m, movielens_csv])
+def test_movielens_in_its_three_forms(tmp_path, make):
+    titles = make(tmp_path)
+    items, interactions = data.read_movielens(tmp_path)
+    assert items.item_id.tolist() == [10, 20] and items.title.tolist() == titles
+    assert interactions.to_numpy().tolist() == RATED
+
+
+@pytest.mark.parametrize("ending", ["json", "json.gz"])
+def test_amazon(tmp_path, ending, capsys):
+    reviews = jsonl(tmp_path / f"r.{ending}", review("u", "A", 86400), review("u", "B", 86401), review("v", "C", 1))
+    products = [{"asin": "A"}, {"asin": "A", "title": "<b>Tom</b> &amp; Jerry"}, {"asin": "A", "title": "late"},
+                {"asin": "B", "title": " "}, {"asin": "C", "title": "Ü"}, {"asin": "D", "title": "unreviewed"}]
+    meta = jsonl(tmp_path / f"meta_r.{ending}", *products)
+    items, interactions = data.read_amazon(reviews, meta)
+    assert items.to_numpy().tolist() == [["A", "Tom & Jerry"], ["C", "Ü"]]
+    assert interactions.to_numpy().tolist() == [["u", "A", 86400], ["v", "C", 1]]
+    assert capsys.readouterr().out == "dropped 1 items without a title and their 1 reviews\n"
+    assert data.read_amazon(reviews, meta, since="1970-01-02")[1].item_id.tolist() == ["A"]  # inclusive
+    assert data.read_amazon(reviews, meta, until="1970-01-02")[1].item_id.tolist() == ["C"]  # exclusive
+
+
+# --- titles ---
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("  a\tb\r\n c\u00a0d\x00e\u2028f ", "a b c d e f"),
+        ("Tom &amp; Jerry &#39;s &#x41;", "Tom & Jerry 's A"),
+        ("AT&T R&B; 3 < 4 > 2", "AT&T R&B; 3 < 4 > 2"),
+        ("&amp;lt;b&amp;gt;x", "x"),  # escaped twice, and a tag in the end
+        ("<i>Heat</i><br/>2<!-- no -->", "Heat 2"),
+        ("x<script>var a = '<b>';</script>y", "x y"),
+        ("🌻👩‍👩‍👧 ok", "🌻👩‍👩‍👧 ok"),
+        ("שלום \u200fالعالم", "שלום \u200fالعالم"),
+        ("Ame\u0301lie", "Amélie"),
+        ("a\ud800b", "a b"),
+    ],
+)
+def test_clean_title(raw, clean):
+    assert data.clean_title(raw) == clean
+
+
+@prove
+@given(st.text(st.sampled_from("&ampltg;#39<>/b!- \t\n\u0301e\u00e9🌻") | st.characters(), max_size=30))
+def test_cleaning_twice_is_cleaning_once(raw):
+    clean = data.clean_title(raw)
+    assert data.clean_title(clean) == clean == clean.strip()
+    assert not any(c in clean for c in "\t\n\r\x00") and "  " not in clean
+
+
+@pytest.mark.parametrize(
+    ("raw", "moved"),
+    [
+        ("Matrix, The", "The Matrix"),
+        ("Beautiful Mind, A", "A Beautiful Mind"),
+        ("American in Paris, An", "An American in Paris"),
+        ("Good, The Bad and The Ugly, The", "The Good, The Bad and The Ugly"),
+        ("Misérables, Les", "Misérables, Les"),
+        ("The Matrix", "The Matrix"),
+        (", The", ", The"),
+    ],
+)
+def test_move_article(raw, moved):
+    assert data.move_article(raw) == moved
+
+
+def test_films_lose_their_year_but_remakes_keep_it_and_unknown_goes(tmp_path, capsys):
+    titles = ["Sabrina (1995)", "Sabrina (1954)", "Matrix, The (1999)", "Heat (1995)", "Heat (1995)", "unkonwn",
+              "Land Before Time III (1995) (V)", "1984", "Twin Peaks (1990-1991)", "Brazil (Director's Cut)"]
+    rows = "".join(f'{i},"{title}",x\n' for i, title in enumerate(titles))
+    put(tmp_path / "movies.csv", "movieId,title,genres\n" + rows)
+    put(tmp_path / "ratings.csv", "userId,movieId,rating,timestamp\n1,5,3,1\n1,0,3,2\n")
+    items, interactions = data.read_movielens(tmp_path)
+    assert items.title.tolist() == ["Sabrina (1995)", "Sabrina (1954)", "The Matrix", "Heat", "Heat",
+                                    "Land Before Time III", "1984", "Twin Peaks", "Brazil (Director's Cut)"]
+    assert 5 not in items.item_id.tolist() and interactions.item_id.tolist() == [0]
+    assert capsys.readouterr().out == "dropped item 5, of unknown title, and its 1 ratings\n"
+
+
+# --- bad input ---
+
+HEAD = "item_id:token\tmovie_title:token_seq\n"
+RATES = "user_id:token\titem_id:token\ttimestamp:float\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"item": HEAD + "10\tToy\n20\tHeat\textra\n"}, r"a\.item, line 3: 3 fields instead of 2"),
+        ({"item": HEAD + "10\tToy\n\n20\tHeat\n"}, r"a\.item, line 3: 1 fields instead of 2"),
+        ({"item": HEAD}, r"a\.item has no rows"),
+        ({"item": ""}, r"a\.item has no rows"),
+        ({"item": "item_id:token\tgenre:token\n10\tx\n"}, r"a\.item has no title column"),
+        ({"item": "id:token\ttitle:token\n10\tx\n"}, r"a\.item has no column item_id: it has id, title"),
+        ({"item": HEAD + "10\tToy\n20\t\n"}, r"a\.item, line 3: the title of item '20' is blank"),
+        ({"item": HEAD + "10\tToy\n20\t<br> \u200b&nbsp;\n"}, r"a\.item, line 3: the title of item '20' is blank"),
+        ({"item": HEAD + "10\tToy\n \tHeat\n"}, r"a\.item, line 3: the item_id is empty"),
+        ({"item": HEAD + "10\tToy\n20\tHeat\n10\tToo\n"}, r"a\.item, line 4: item_id '10' stands there twice"),
+        ({"inter": "user_id:token\titem_id:token\n1\t10\n"}, r"a\.inter has no column timestamp"),
+        ({"inter": RATES + "1\t10\t5\n1\t30\t6\n"}, r"a\.inter, line 3: item '30' is not in a\.item"),
+        ({"inter": RATES + "1\t10\t5\n1\t20\tsoon\n"}, r"a\.inter, line 3: timestamp 'soon' is no number"),
+        ({"inter": RATES + "1\t10\t5\n1\t20\tnan\n"}, r"a\.inter, line 3: timestamp 'nan' is no number"),
+        ({"inter": RATES + "1\t10\t5\n\t20\t6\n"}, r"a\.inter, line 3: the user_id is empty"),
+        ({"inter": RATES + "1\t10\t5\n1\t2"}, r"a\.inter, line 3: 2 fields instead of 3"),  # truncated
+    ],
+)
+def test_bad_recbole(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        data.read_recbole(recbole(tmp_path, **change))
+
+
+def test_missing_and_surplus_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds 0 files \*\.inter"):
+        data.read_recbole(tmp_path)
+    put(recbole(tmp_path) / "b.item", "x")
+    with pytest.raises(ValueError, match=r"holds 2 files \*\.item: exactly one"):
+        data.read_recbole(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"none of u\.data, ratings\.dat and ratings\.csv"):
+        data.read_movielens(tmp_path)
+    put(tmp_path / "ratings.csv", "userId,movieId,rating,timestamp\n1,10,3,5\n")
+    with pytest.raises(FileNotFoundError, match=r"movies\.csv is missing"):
+        data.read_movielens(tmp_path)
+
+
+def test_bad_movielens(tmp_path):
+    movielens_csv(tmp_path)
+    put(tmp_path / "movies.csv", "movieId,title,genres\n10,Toy\n")
+    with pytest.raises(ValueError, match=r"movies\.csv, line 2: 2 fields instead of 3"):
+        data.read_movielens(tmp_path)
+    put(tmp_path / "movies.csv", "movieId,title,genres\n10,Toy,x\n20,Caf\u00e9,x\n", "latin-1")
+    with pytest.raises(ValueError, match=r"movies\.csv, line 3: not UTF-8"):
+        data.read_movielens(tmp_path)
+    movielens_1m(tmp_path)  # .dat goes before .csv
+    put(tmp_path / "ratings.dat", "1::10::3::5\n1::20::1\n")
+    with pytest.raises(ValueError, match=r"ratings\.dat, line 2: 3 fields instead of 4"):
+        data.read_movielens(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"asin": "A"}', r"r\.json, line 2: a review needs"),
+        ('{"reviewerID": "u", "asin": "A", "unixReviewTime": "1"}', r"r\.json, line 2: a review needs"),
+        ("[1]", r"r\.json, line 2: not a JSON object"),
+        ("{'asin': 'A'}", r"r\.json, line 2: not a JSON object"),
+    ],
+)
+def test_bad_amazon_reviews(tmp_path, line, message):
+    put(tmp_path / "r.json", json.dumps(review("u", "A", 1)) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        data.read_amazon(tmp_path / "r.json", jsonl(tmp_path / "meta_r.json", {"asin": "A", "title": "x"}))
+
+
+@pytest.mark.parametrize("product", [{"title": "x"}, {"asin": ["A"], "title": "x"}, {"asin": None}])
+def test_bad_amazon_products(tmp_path, product):
+    reviews = jsonl(tmp_path / "r.json", review("u", "A", 1))
+    with pytest.raises(ValueError, match=r"meta_r\.json, line 1: a product needs asin"):
+        data.read_amazon(reviews, jsonl(tmp_path / "meta_r.json", product))
+
+
+def test_damaged_amazon(tmp_path):
+    reviews = jsonl(tmp_path / "r.json.gz", *(review(f"u{i}", "A", i) for i in range(2000)))
+    whole = reviews.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"no gzip at all"):
+        reviews.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"r\.json\.gz is damaged after line \d+: download it again"):
+            data.read_amazon(reviews, tmp_path / "meta_r.json")
+    with pytest.raises(FileNotFoundError):
+        data.read_amazon(tmp_path / "none.json", tmp_path / "meta_r.json")
+
+
+# --- processed tables ---
+
+
+def processed(folder, items=None, **parts):
+    items = {"item_id": [10, 20, 30], "title": ["a", "b", "b"]} if items is None else items
+    rows = {"history": [[10], [10, 20]], "target": [20, 30]}
+    for name, table in ({"items": items} | dict.fromkeys(data.PARTS, rows) | parts).items():
+        pd.DataFrame(table).to_parquet(folder / f"{name}.parquet")
+    return folder
+
+
+def test_processed_tables_of_others(tmp_path):
+    tables = data.read_processed(processed(tmp_path))
+    assert tables.items.title.tolist() == ["a", "b", "b"]
+    assert lists(tables.train) == [[10], [10, 20]] and tables.train.target.tolist() == [20, 30]
+    assert list(tables.test) == ["history", "target"]
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"items": {"item_id": [10]}}, r"items\.parquet has no column title"),
+        ({"items": {"item_id": [10, 10], "title": ["a", "b"]}}, r"items\.parquet, row 1: item_id 10 stands there"),
+        ({"items": {"item_id": [10, 20], "title": ["a", "\u200b"]}}, r"items\.parquet, row 1: the title of item 20 is"),
+        ({"items": {"item_id": [10, 20], "title": ["a", None]}}, r"items\.parquet, row 1: the title is missing"),
+        ({"items": {"item_id": [10, 20], "title": ["a", "b\nc"]}}, r"row 1: the title of item 20 holds a control"),
+        ({"train": {"history": [[10]]}}, r"train\.parquet has no column target"),
+        ({"train": {"history": ["10"], "target": [20]}}, r"train\.parquet: history is no list of item ids"),
+        ({"valid": {"history": [[10], []], "target": [20, 20]}}, r"valid\.parquet, row 1: the history is empty"),
+        ({"valid": {"history": [[10], None], "target": [20, 20]}}, r"valid\.parquet, row 1: the history is empty"),
+        ({"test": {"history": [[10], [10, 40]], "target": [20, 20]}}, r"test\.parquet, row 1: item 40 of the history"),
+        ({"test": {"history": [[10], [10]], "target": [20, 40]}}, r"test\.parquet, row 1: target 40 is not in items"),
+        ({"test": {"history": [["10"]], "target": ["20"]}}, r"test\.parquet, row 0: item '10' of the history"),
+    ],
+)
+def test_bad_processed(tmp_path, tables, message):
+    with pytest.raises(ValueError, match=message):
+        data.read_processed(processed(tmp_path, **tables))
+
+
+def test_missing_and_truncated_processed(tmp_path):
+    path = processed(tmp_path) / "valid.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"valid\.parquet is damaged or no Parquet file"):
+        data.read_processed(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"valid\.parquet is missing"):
+        data.read_processed(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [int, str])
+def test_write_and_read_back(tmp_path, kind):
+    items = pd.DataFrame({"item_id": list(map(kind, [7, 8, 9])), "title": ["🌻 x", "שלום", "c"]})
+    interactions = frame([["u", kind(i), t] for t, i in enumerate([7, 8, 9, 7, 8])])
+    tables = data.split_interactions(items, interactions, "leave-one-out", 2)
+    for _ in range(2):  # the second time they replace the first
+        data.write_processed(tables, tmp_path / "out")
+    back = data.read_processed(tmp_path / "out")
+    for name in ("items", *data.PARTS):
+        old, new = getattr(tables, name), getattr(back, name)
+        assert list(old) == list(new)
+        for column in old:
+            assert list(map(str, old[column])) == list(map(str, new[column]))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        f"{name}.parquet" for name in ("items", *data.PARTS)
+    )
+    assert (data.item_counts(back) == data.item_counts(tables)).all()
+
+
+# --- splits and counts ---
+
+LOG = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6), st.integers(0, 9)), max_size=40)
+CATALOGUE = pd.DataFrame({"item_id": range(7), "title": list("abcdefg")})
+
+
+def by_user(log):
+    """Each user's (item, timestamp) in the order of time, the file's order within ties."""
+    users = {}
+    for user, item, when in log:
+        users.setdefault(user, []).append((item, when))
+    return {user: sorted(seen, key=lambda pair: pair[1]) for user, seen in users.items()}
+
+
+def rows_of(tables, part):
+    rows = getattr(tables, part)
+    return list(zip(rows.user_id.tolist(), map(tuple, lists(rows)), rows.target.tolist(), rows.timestamp.tolist()))
+
+
+@prove
+@given(LOG, st.integers(1, 4))
+def test_leave_one_out_is_the_naive_split(log, cap):
+    tables = data.split_interactions(CATALOGUE, frame(log).astype(int), "leave-one-out", cap)
+    expected = {part: [] for part in data.PARTS}
+    for user, seen in by_user(log).items():
+        for k in range(1, len(seen)):
+            left = len(seen) - 1 - k if len(seen) >= 3 else 2
+            part = ("test", "valid", "train")[min(left, 2)]
+            history = tuple(item for item, _ in seen[max(0, k - cap) : k])  # what comes right before the target
+            expected[part].append((user, history, *seen[k]))
+    for part in data.PARTS:
+        assert sorted(rows_of(tables, part)) == sorted(expected[part])
+
+
+@prove
+@given(LOG, st.integers(1, 4))
+def test_time_split_has_no_leakage(log, cap):
+    tables = data.split_interactions(CATALOGUE, frame(log).astype(int), "time", cap)
+    rows = [rows_of(tables, part) for part in data.PARTS]
+    expected = [
+        (user, tuple(item for item, _ in seen[max(0, k - cap) : k]), *seen[k])
+        for user, seen in by_user(log).items()
+        for k in range(1, len(seen))
+    ]
+    n = len(expected)
+    assert sorted(sum(rows, [])) == sorted(expected)
+    assert [len(r) for r in rows] == [n * 8 // 10, n * 9 // 10 - n * 8 // 10, n - n * 9 // 10]
+    whens = [when for part in rows for when in sorted(row[3] for row in part)]
+    assert whens == sorted(whens)  # no training target is later than a validation or a test target
+
+
+@prove
+@given(LOG, st.integers(1, 4), st.sampled_from(data.SPLITS))
+def test_sequences_put_the_rows_together_again(log, cap, how):
+    tables = data.split_interactions(CATALOGUE, frame(log).astype(int), how, cap)
+    flat, offsets = data.sequences(tables.train)
+    found = sorted(flat[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True))
+    rows = Counter(tables.train.user_id.tolist())
+    expected = sorted([item for item, _ in by_user(log)[user][: n + 1]] for user, n in rows.items())
+    assert found == expected
+    counts = np.bincount(sum(expected, []), minlength=7)
+    assert (data.item_counts(tables) == counts).all()
+
+
+def test_sequences_without_users_and_with_mixed_rows():
+    rows = pd.DataFrame({"history": [[1], [4], [1, 2], [4, 5], [2, 3]], "target": [2, 5, 3, 6, 1]})
+    flat, offsets = data.sequences(rows)
+    assert flat.tolist() == [1, 2, 3, 1, 4, 5, 6] and offsets.tolist() == [0, 4, 7]
+
+
+def test_item_counts_by_hand():
+    log = [["u", item, when] for when, item in enumerate([0, 1, 2, 3, 4, 5])] + [["v", 0, 0], ["v", 6, 1]]
+    tables = data.split_interactions(CATALOGUE, frame(log), "leave-one-out", 2)
+    # u's rows: 0→1, 01→2, 12→3 (4 is validation, 5 test); v's, who has two interactions only: 0→6
+    assert data.item_counts(tables, "true").tolist() == [2, 1, 1, 1, 0, 0, 1]
+    assert data.item_counts(tables, "windowed").tolist() == [3, 2, 1, 0, 0, 0, 0]
+    with pytest.raises(ValueError, match="unknown counts 'all': choose true or windowed"):
+        data.item_counts(tables, "all")
+
+
+def test_refused_splits():
+    with pytest.raises(ValueError, match="unknown split 'random': choose one of leave-one-out, time"):
+        data.split_interactions(CATALOGUE, frame([]), "random", 3)
+    with pytest.raises(ValueError, match="max_history is 0"):
+        data.split_interactions(CATALOGUE, frame([]), "time", 0)
+
+
+@prove
+@given(LOG, st.integers(1, 4))
+def test_k_core_is_the_largest_one(log, k):
+    core = data.k_core(frame(log), k)
+    rest = list(log)
+    while True:
+        users, items = Counter(r[0] for r in rest), Counter(r[1] for r in rest)
+        weak = [r for r in rest if users[r[0]] < k or items[r[1]] < k]
+        if not weak:
+            break
+        rest.remove(weak[0])
+    assert core.to_numpy().tolist() == [list(row) for row in rest]
+
+
+# --- load ---
+
+OWN = replace(runs.settings("laptop"), dataset="own")
+
+
+def test_load_slices_before_the_split(tmp_path):
+    item = HEAD + "".join(f"{i}\tfilm {i}\n" for i in range(6))
+    inter = RATES + "".join(f"{u}\t{i}\t{i}\n" for u in range(4) for i in range(6) if i != u)  # 4 and 5 by everybody
+    folder = str(recbole(tmp_path, item, inter))
+    tables = data.load(replace(OWN, data_path=folder, max_items=4, max_users=3))
+    assert tables.items.item_id.tolist() == [0, 1, 4, 5]  # equal counts: the first ones
+    assert tables.test.user_id.tolist() == [0, 1, 2] and set(tables.test.target) == {5}
+    assert lists(tables.test) == [[1, 4], [0, 4], [0, 1, 4]]
+
+
+def test_load_cuts_processed_histories(tmp_path, capsys):
+    tables = data.load(replace(OWN, data_path=str(processed(tmp_path)), max_history=1, max_items=2))
+    assert lists(tables.train) == [[10], [20]] and len(tables.items) == 3
+    assert "max_items and max_users are not applied" in capsys.readouterr().out
+
+
+def test_load_brings_amazon_to_its_5_core(tmp_path):
+    asins = [f"A{i}" for i in range(6)]
+    jsonl(tmp_path / "r.json.gz", *(review(f"u{u}", a, t) for u in range(5) for t, a in enumerate(asins)),
+          review("once", "A0", 3), review("u0", "rare", 4))
+    jsonl(tmp_path / "meta_r.json.gz", *({"asin": a, "title": a.lower()} for a in [*asins, "rare"]))
+    tables = data.load(replace(OWN, data_path=str(tmp_path)))
+    assert tables.items.item_id.tolist() == asins
+    assert [len(getattr(tables, part)) for part in data.PARTS] == [15, 5, 5]
+
+
+def test_load_refuses(tmp_path):
+    with pytest.raises(ValueError, match="dataset 'own' isn't fetched: put it into a folder"):
+        data.load(OWN)
+    with pytest.raises(FileNotFoundError, match="is no folder: data_path counts from the project's root"):
+        data.load(replace(OWN, data_path=str(tmp_path / "none")))
+    with pytest.raises(FileNotFoundError, match="holds no data that is understood: looked for items.parquet"):
+        data.load(replace(OWN, data_path=str(tmp_path)))
+    with pytest.raises(ValueError, match="leaves no row for train"):
+        data.load(replace(OWN, data_path=str(recbole(tmp_path, inter=RATES + "1\t10\t5\n"))))
+
+
+# --- the real data ---
+
+
+def test_movielens_100k():
+    try:
+        items, interactions = data.read_recbole(assets.movielens_100k())
+    except assets.FetchError as error:
+        pytest.skip(str(error))
+    assert (len(items), len(interactions)) == (1681, 99_991)  # 1,682 and 100,000 less the film called unkonwn
+    assert items.title.nunique() == 1663  # 18 titles belong to two items each
+    assert items.title.duplicated(keep=False).sum() == 36
+    dated = items.title[items.title.str.contains(r" \(\d{4}\)$")].str[:-7]  # remakes, the article in front
+    assert set(dated) == {"Cape Fear", "Sabrina", "The Scarlet Letter", "Shall We Dance?", "That Darn Cat!"}
+    assert dated.nunique() == 5 and len(dated) == 11
+    assert items.title.str.startswith("The ").sum() >= 300 and not items.title.str.endswith(", The").any()
+    assert not interactions.duplicated(["user_id", "item_id"]).any()
+
+    tables = data.split_interactions(items, interactions, "leave-one-out", 24)
+    assert [len(getattr(tables, part)) for part in data.PARTS] == [97_162, 943, 943]
+    assert tables.test.user_id.is_unique
+    assert data.item_counts(tables).sum() == 97_162 + 943
+    timed = data.split_interactions(items, interactions, "time", 24)
+    assert timed.test.user_id.nunique() == 166
+    assert len(set(timed.test.user_id) & set(timed.train.user_id)) == 68
