@@ -276,7 +276,7 @@ def _refuse(wrong: pd.Series, where: str, message: str, values: pd.Series | None
     """Raises for the first index (a line or a row) that is wrong."""
     if wrong.any():
         i = wrong.idxmax()
-        raise ValueError(f"{where} {i}: {message.format(None if values is None else repr(values[i]))}")
+        raise ValueError(f"{where} {i}: {message.format(None if values is None else repr(values[[i]].tolist()[0]))}")
 
 
 def k_core(interactions: pd.DataFrame, k: int) -> pd.DataFrame:
@@ -420,7 +420,8 @@ def write_processed(tables: Tables, folder: str | Path) -> None:
     with ExitStack() as stack:
         for name in ("items", *PARTS):
             new = stack.enter_context(runs.atomic(Path(folder) / f"{name}.parquet"))
-            getattr(tables, name).to_parquet(new, index=False)
+            table = pa.Table.from_pandas(getattr(tables, name), preserve_index=False)
+            pq.write_table(table.replace_schema_metadata(), new)  # pandas cannot read its own notes on list columns
 
 
 def read_processed(folder: str | Path) -> Tables:
@@ -456,7 +457,7 @@ def _read_rows(path: Path, items: pd.DataFrame) -> pd.DataFrame:
     unknown = np.flatnonzero(known.get_indexer(flat) < 0)
     if len(unknown):
         row = np.searchsorted(offsets, unknown[0], side="right") - 1
-        raise ValueError(f"{at} {row}: item {flat[unknown[0]]!r} of the history is not in items.parquet")
+        raise ValueError(f"{at} {row}: item {flat.tolist()[unknown[0]]!r} of the history is not in items.parquet")
     _refuse(pd.Series(known.get_indexer(rows.target) < 0), at, "target {} is not in items.parquet", rows.target)
     return rows
 
@@ -472,7 +473,7 @@ def _read_parquet(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
         if name not in table.column_names:
             raise ValueError(f"{path} has no column {name}: it has {', '.join(table.column_names)}")
     lists = {field.name: field.type for field in table.schema if pa.types.is_nested(field.type)}
-    frame = table.drop_columns(list(lists)).replace_schema_metadata().to_pandas()  # pandas' own notes may be odd
+    frame = table.drop_columns(list(lists)).replace_schema_metadata().to_pandas()
     for name, kind in lists.items():
         if pa.types.is_list(kind) or pa.types.is_large_list(kind):
             frame[name] = pd.Series(pd.arrays.ArrowExtensionArray(table[name].cast(pa.large_list(kind.value_type))))

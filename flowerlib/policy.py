@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast,
+)
 
 from .trie import TitleTrie
 
@@ -248,3 +255,51 @@ def _seen_nodes(trie: TitleTrie, seen: Sequence[Sequence[int]]) -> Tensor:
     by_leaf = torch.zeros(len(seen), len(trie.leaves), device=flows.device)
     by_leaf.index_add_(1, trie.item_leaf, flows)
     return trie.log_flows(by_leaf[:, trie.item_leaf]) == -torch.inf
+
+
+@lru_cache(maxsize=2)
+def load_run(run: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Catalogue]:
+    """Model, tokenizer and catalogue of a finished run, such as runs/laptop/flower.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run.
+    """
+    run = Path(run)
+    for name in ("model", "items.parquet", "settings.json"):
+        if not (run / name).exists():
+            raise FileNotFoundError(f"{run} holds no finished run ({name} is missing): run notebook 02 or 03 first")
+    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    chosen = json.loads((run / "settings.json").read_text(encoding="utf-8"))
+    titles = pd.read_parquet(run / "items.parquet").title.tolist()
+    return model, tokenizer, Catalogue.build(tokenizer, titles, chosen["category"], chosen["rows"])
+
+
+def recommend(run: str | Path, history: Sequence[Any], k: int = 10) -> pd.DataFrame:
+    """The k best titles for one new user, best first, none of them seen.
+
+    Args:
+        run: folder of a finished run, such as runs/laptop/flower.
+        history: item ids as in its items.parquet, or titles, oldest first; may be empty.
+
+    Returns:
+        Columns item_id, title, score (Σ log π in nats).
+
+    Raises:
+        FileNotFoundError: no finished run there. ValueError: an entry of the history is unknown.
+    """
+    model, _, catalogue = load_run(run)
+    items = pd.read_parquet(Path(run) / "items.parquet")
+    by_id, by_title = pd.Index(items.item_id), pd.Series(items.index, items.title).groupby(level=0).first()
+    places = []
+    for entry in history:
+        place = by_id.get_indexer([entry])[0]
+        if place < 0 and entry not in by_title:
+            raise ValueError(f"{entry!r} is neither an item id nor a title of {Path(run) / 'items.parquet'}")
+        places.append(int(place) if place >= 0 else int(by_title[entry]))
+    chosen = json.loads((Path(run) / "settings.json").read_text(encoding="utf-8"))
+    context = catalogue.context(places[-chosen["max_history"] :])
+    leaves, scores = beam_search(model, catalogue, [context], k, seen=[places])
+    first = {leaf: item for item, leaf in reversed(list(enumerate(catalogue.trie.item_leaf.tolist())))}
+    found = [first[leaf] for leaf in leaves[0] if leaf >= 0]
+    return items.iloc[found].reset_index(drop=True).assign(score=scores[0][: len(found)])

@@ -59,7 +59,7 @@ class Settings:
     paths: str = "logged"  # "logged": the data's own titles; "reward": drawn from the flow; "policy": from the model
     # decoding (notebook 04)
     n_beams: int = 10
-    test_rows: int = 0  # test rows to recommend for (0: all)
+    test_rows: int = 300  # test rows to recommend for (0: all)
     decode_batch: int = 16  # prompts decoded at a time
 
 

@@ -53,7 +53,7 @@ def test_has_one_parameters_cell_of_typed_commented_literals(path):
         assert isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name), ast.unparse(statement)
         assert statement.value is not None, ast.unparse(statement)
         ast.literal_eval(statement.value)
-        assert commented & set(range(statement.lineno, statement.end_lineno + 1)), f"no comment: {ast.unparse(statement)}"
+        assert commented.intersection(range(statement.lineno, statement.end_lineno + 1)), ast.unparse(statement)
 
 
 def test_no_injected_parameters(path):
