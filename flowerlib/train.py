@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import (
-    PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, TrainingArguments,
+    PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -307,6 +307,7 @@ def train(
     total = max(1, round(chosen.epochs * len(rows) / chosen.batch_size))
     every = -(-total // chosen.evaluations)
     runs.seed_everything(seed)
+    logging.set_verbosity_error()
     trainer = FlowerTrainer(
         tuned, _arguments(chosen, checkpoints, total, every, seed), train_dataset=rows, eval_dataset=valid,
         trie=catalogue.trie, theta=theta, lam=chosen.lam, paths=chosen.paths,

@@ -1,0 +1,21 @@
+PROFILE ?= laptop
+OUT ?= runs/$(PROFILE)
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: reproduce test bench
+reproduce: .venv/ready
+	$(BIN)/python -m flowerlib.reproduce --profile $(PROFILE) --out $(OUT) $(foreach p,$(PARAMETERS),-p $(p))
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+bench: .venv/ready
+	$(BIN)/python -m pytest tests/benchmarks/bench_*.py --benchmark-enable --benchmark-only
+
+.venv/ready: requirements.txt pyproject.toml
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed'"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -r requirements.txt
+	touch $@

@@ -1,0 +1,132 @@
+"""Runs the numbered notebooks in order with papermill: `python -m flowerlib.reproduce --profile laptop`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from . import runs
+
+NOTEBOOKS = (
+    "01_prepare_the_data.ipynb", "02_train_sft.ipynb", "03_train_flower.ipynb", "04_bias_and_diversity.ipynb",
+)
+FOLDER = runs.ROOT / "notebooks"
+
+
+def parameters(notebook: Path) -> list[str]:
+    """Names in the notebook's cell tagged `parameters`."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    return [node.target.id for node in ast.parse(source).body if isinstance(node, ast.AnnAssign)]
+
+
+def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only: Sequence[str] = NOTEBOOKS) -> Path:
+    """Runs the notebooks whose settings, code or inputs have changed since their last complete run.
+
+    Executed notebooks, an HTML page of each, results and figures lie in the folder that is returned. Each override
+    goes to every notebook that has a parameter of its name.
+
+    Raises:
+        ValueError: unknown profile, or a parameter that no notebook has.
+    """
+    if profile not in runs.PROFILES:
+        runs.settings(profile)
+    known = {name: parameters(FOLDER / name) for name in only}
+    for key in overrides:
+        if not any(key in names for names in known.values()):
+            everything = sorted({name for names in known.values() for name in names})
+            raise ValueError(f"no notebook has a parameter {key!r}: there are {', '.join(everything)}")
+    folder = runs.output_dir(profile, out)
+    chain = _hash(*(path.read_bytes() for path in sorted((runs.ROOT / "flowerlib").glob("*.py"))))
+    for name in only:
+        given = {"PROFILE": profile, "OUT": str(folder)} | {k: v for k, v in overrides.items() if k in known[name]}
+        chain = _hash(chain.encode(), json.dumps(given, sort_keys=True).encode(), _code(FOLDER / name))
+        stamp = folder / "notebooks" / f"{Path(name).stem}.done"
+        if stamp.exists() and stamp.read_text() == chain:
+            print(f"{name}: unchanged since its last complete run, skipped", flush=True)
+            continue
+        stamp.unlink(missing_ok=True)
+        _run(name, given, folder)
+        stamp.write_text(chain)
+    return folder
+
+
+def _hash(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def _code(notebook: Path) -> bytes:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return json.dumps([c["source"] for c in cells if c["cell_type"] == "code"]).encode()
+
+
+def _run(name: str, given: Mapping[str, Any], folder: Path) -> None:
+    import papermill
+    from nbconvert import HTMLExporter
+
+    done = folder / "notebooks" / name
+    done.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    papermill.execute_notebook(
+        FOLDER / name, done, parameters=dict(given), kernel_name="python3", cwd=FOLDER, log_output=True,
+        stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False,
+    )
+    seconds = time.perf_counter() - start
+    with runs.atomic(done.with_suffix(".html")) as new:
+        new.write_text(HTMLExporter().from_filename(done)[0], encoding="utf-8")
+    path = folder / "timings.json"
+    timings = json.loads(path.read_text()) if path.exists() else {}
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**(2 if sys.platform == "darwin" else 1)
+    timings[name] = {
+        "seconds": round(seconds, 1), "peak_mb_so_far": round(peak), "matmul_1024_seconds": runs.matmul_seconds(),
+    }
+    runs.write_json(path, timings)
+    print(f"{name}: {seconds:.0f} s", flush=True)
+
+
+def comparison(folder: Path) -> pd.DataFrame:
+    """SFT against Flower, from the results file of notebook 04."""
+    rows = pd.DataFrame(runs.read_results(folder / "results" / "04_bias_and_diversity.json"))
+    k = max(int(name.split("@")[1]) for name in rows if name.startswith("ndcg@") and name.split("@")[1].isdigit())
+    figures = [f"ndcg@{k}", f"hr@{k}", "dgu", "mgu", "h_bits", "ttr", "distinct", "gini"]
+    return rows.set_index(["method", "decoding", "seen"])[figures].round(3)
+
+
+def _literal(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="laptop", help=f"one of {', '.join(runs.PROFILES)}")
+    parser.add_argument("--out", help="folder of the run (default: runs/<profile>)")
+    parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", type=_literal,
+                        help="a notebook parameter, as often as needed")
+    given = parser.parse_args()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        folder = reproduce(given.profile, given.out, dict(given.parameter))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"\nSFT against Flower ({given.profile})\n\n{comparison(folder).to_string()}\n")
+    print(f"executed notebooks and HTML: {folder / 'notebooks'}")
+    print(f"figures: {folder / 'figures'}\nresults: {folder / 'results'}")
+
+
+if __name__ == "__main__":
+    main()
