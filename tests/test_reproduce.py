@@ -1,0 +1,63 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from flowerlib import policy, reproduce, runs
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    return reproduce.reproduce("smoke", str(tmp_path_factory.mktemp("runs") / "smoke"), {})
+
+
+def test_smoke_leaves_results_figures_and_pages(smoke):
+    for name in reproduce.NOTEBOOKS:
+        stem = name.removesuffix(".ipynb")
+        assert json.loads((smoke / "results" / f"{stem}.json").read_text())["provenance"]["profile"] == "smoke"
+        assert (smoke / "notebooks" / f"{stem}.html").stat().st_size > 10_000
+    table = reproduce.comparison(smoke)
+    assert {"SFT", "Flower"} == set(table.index.get_level_values("method"))
+    assert len(list((smoke / "figures").glob("*.png"))) >= 5
+
+
+def test_nothing_changed_nothing_runs(smoke, capsys):
+    reproduce.reproduce("smoke", str(smoke), {})
+    assert capsys.readouterr().out.count("skipped") == len(reproduce.NOTEBOOKS)
+
+
+def test_the_same_seed_gives_the_same_results_but_for_times(smoke, tmp_path):
+    again = reproduce.reproduce("smoke", str(tmp_path), {})
+    for path in sorted((smoke / "results").glob("*.json")):
+        first, second = (
+            [line for line in (folder / "results" / path.name).read_text().splitlines() if "seconds" not in line]
+            for folder in (smoke, again)
+        )
+        assert first == second
+
+
+def test_recommend_for_a_new_user_in_three_lines(smoke):
+    items = policy.pd.read_parquet(smoke / "flower" / "items.parquet")
+    history = [items.item_id[0], items.title[1]]
+    found = policy.recommend(smoke / "flower", history, k=5)
+    assert len(found) == 5 and found.score.is_monotonic_decreasing
+    assert not set(found.title) & set(items.title[:2])
+    with pytest.raises(ValueError, match="neither an item id nor a title"):
+        policy.recommend(smoke / "flower", ["no such film"])
+    with pytest.raises(FileNotFoundError, match="run notebook 02 or 03 first"):
+        policy.recommend(smoke / "nothing", [])
+
+
+def test_misspelt_parameters_and_profiles_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="no notebook has a parameter 'epoch'"):
+        reproduce.reproduce("smoke", str(tmp_path), {"epoch": 2})
+    with pytest.raises(ValueError, match="choose one of smoke, laptop, paper"):
+        reproduce.reproduce("smok", str(tmp_path), {})
+    done = subprocess.run([sys.executable, "-m", "flowerlib.reproduce", "-p", "epoch=2"], capture_output=True, text=True)
+    assert done.returncode and done.stderr.startswith("error: no notebook has a parameter 'epoch'")
+
+
+def test_a_missing_input_names_the_notebook_to_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run notebooks/01_prepare_the_data.ipynb"):
+        runs.require(tmp_path / "items.parquet", "01_prepare_the_data.ipynb")
