@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast,
+    AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast,
 )
 
-from .trie import TitleTrie
+from .trie import TitleTrie, segment_logsumexp
 
 
 @dataclass(frozen=True)
@@ -183,10 +183,13 @@ def beam_search(
     length_normalised: bool = False, child_renormalised: bool = False, seen: Sequence[Sequence[int]] | None = None,
     batch_size: int = 16, progress: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `n_beams` best titles for each prompt, by transformers' beam search under the trie's mask.
+    """The `n_beams` best titles for each prompt, by beam search down the trie.
 
-    A title's score is Σ log π over its tokens, ⊤ included, in nats and over the whole vocabulary.
-    Each prompt is computed once, not once per beam.
+    A title's score is Σ log π over its tokens, ⊤ included, in nats and over the whole vocabulary. Only the children
+    of the beams' nodes are candidates, and every finished title competes, so that with as many beams as titles the
+    search is exact. A prompt's beams are one packed sequence behind its key-value cache: the prompt is computed and
+    stored once, and no cache is copied when beams change places. `TrieLogitsProcessor` does the same search through
+    transformers' `generate`, at the price of a copy of the prompt's cache per beam and step.
 
     Args:
         contexts: prompts as token lists (`Catalogue.context`).
@@ -207,44 +210,76 @@ def beam_search(
         input_ids, mask = left_padded([contexts[i] for i in batch])
         blocked = _seen_nodes(trie, [seen[i] for i in batch]) if seen is not None else None
         found, score = _beam_batch(
-            model, trie, input_ids.to(model.device), mask.to(model.device), n_beams, catalogue.terminator, blocked,
-            length_normalised, child_renormalised,
+            model, trie, input_ids.to(model.device), mask.to(model.device), n_beams, blocked, length_normalised,
+            child_renormalised,
         )
         leaves[batch], scores[batch] = found.cpu().numpy(), score.cpu().numpy()
     return leaves, scores
 
 
 def _beam_batch(
-    model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, mask: Tensor, n_beams: int, terminator: int,
-    blocked: Tensor | None, length_normalised: bool, child_renormalised: bool,
+    model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, mask: Tensor, n_beams: int, blocked: Tensor | None,
+    length_normalised: bool, child_renormalised: bool,
 ) -> tuple[Tensor, Tensor]:
-    width = input_ids.shape[1]
-    cache = model(
-        input_ids=input_ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True, logits_to_keep=1,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
-    ).past_key_values
-    cache.batch_repeat_interleave(n_beams)
-    config = GenerationConfig(
-        num_beams=n_beams, num_return_sequences=n_beams, max_new_tokens=trie.max_depth, do_sample=False,
-        length_penalty=float(length_normalised), early_stopping="never" if length_normalised else False,
-        eos_token_id=terminator, pad_token_id=terminator, renormalize_logits=child_renormalised,
-        return_dict_in_generate=True, output_scores=True,
-    )
-    processor = TrieLogitsProcessor(trie, width, terminator, blocked)
-    out = model.generate(
-        input_ids=input_ids, attention_mask=mask, past_key_values=cache, generation_config=config,
-        logits_processor=[processor],
-    )
-    nodes = torch.zeros(len(out.sequences), dtype=torch.long, device=input_ids.device)
-    for column in range(width, out.sequences.shape[1]):
-        step = trie.advance(nodes, out.sequences[:, column])
-        nodes = torch.where(trie.node_leaf[nodes] >= 0, nodes, step.clamp(min=0))
-    leaves = trie.node_leaf[nodes].view(-1, n_beams)
-    scores = out.sequences_scores.view(-1, n_beams)
-    found = (leaves >= 0) & (scores > -1e8)
+    n, device = len(input_ids), input_ids.device
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    out = model(input_ids=input_ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
+    nodes = torch.zeros(n, 1, dtype=torch.long, device=device)
+    score = torch.zeros(n, 1, device=device)
+    ancestors = torch.zeros(n, 1, 0, dtype=torch.bool, device=device)  # packed columns that each beam has come through
+    best = torch.full((n, n_beams), -torch.inf, device=device)
+    best_node = torch.zeros_like(best, dtype=torch.long)
+    for depth in range(1, trie.max_depth + 1):
+        total, child, beam = _candidates(trie, out.logits, nodes, score, blocked, child_renormalised)
+        is_leaf = trie.node_leaf[child] >= 0
+        length = depth if length_normalised else 1
+        best, place = torch.cat([best, torch.where(is_leaf, total / length, -torch.inf)], 1).topk(n_beams)
+        best_node = torch.cat([best_node, child], 1).gather(1, place)
+        running = torch.where(is_leaf, -torch.inf, total)
+        longest = trie.max_depth if length_normalised else 1  # no title below a beam can score more than this bound
+        running = torch.where(running / longest > best[:, -1:], running, -torch.inf)
+        score, place = running.topk(min(n_beams, running.shape[1]))
+        if not torch.isfinite(score).any():
+            break
+        nodes, beam = child.gather(1, place), beam.gather(1, place)
+        ancestors = ancestors.gather(1, beam[..., None].expand(-1, -1, ancestors.shape[-1]))
+        own = torch.eye(nodes.shape[1], dtype=torch.bool, device=device).expand(n, -1, -1)
+        ancestors = torch.cat([ancestors, own], -1)
+        visible = torch.cat([mask.bool()[:, None].expand(-1, nodes.shape[1], -1), ancestors], -1)
+        out = model(
+            input_ids=trie.token[nodes].clamp(min=0), attention_mask=visible[:, None], past_key_values=out.past_key_values,
+            position_ids=(position[:, -1:] + depth).expand_as(nodes), use_cache=True,
+        )
+    found = torch.isfinite(best)
+    return torch.where(found, trie.node_leaf[best_node], -1), best
+
+
+def _candidates(
+    trie: TitleTrie, logits: Tensor, nodes: Tensor, score: Tensor, blocked: Tensor | None, child_renormalised: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The children of every prompt's beams side by side: their summed log π, nodes and beams, (B, most) each.
+
+    logits (B, W, V), nodes and score (B, W); places left over hold -inf.
+    """
+    n, width = nodes.shape
+    rows, children = trie.children(torch.where(torch.isfinite(score), nodes, -1).flatten())
     if blocked is not None:
-        found &= ~blocked.gather(1, nodes.view(-1, n_beams))
-    return torch.where(found, leaves, -1), torch.where(found, scores, -torch.inf)
+        free = ~blocked[rows // width, children]
+        rows, children = rows[free], children[free]
+    logits = logits.flatten(0, 1).float()
+    chosen = logits[rows, trie.token[children]]
+    if child_renormalised:
+        norm = segment_logsumexp(chosen, rows, n * width)
+    else:
+        norm = logits.logsumexp(-1)
+    prompt = rows // width
+    counts = torch.bincount(prompt, minlength=n)
+    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[prompt]
+    total = torch.full((n, max(1, int(counts.max()))), -torch.inf, device=logits.device)
+    child, beam = (torch.zeros(total.shape, dtype=torch.long, device=rows.device) for _ in range(2))
+    total[prompt, place] = score.flatten()[rows] + chosen - norm[rows]
+    child[prompt, place], beam[prompt, place] = children, rows % width
+    return total, child, beam
 
 
 def _seen_nodes(trie: TitleTrie, seen: Sequence[Sequence[int]]) -> Tensor:

@@ -126,7 +126,7 @@ class TitleTrie:
             if levels:
                 below = torch.cat([levels[-1], below], -1)
                 owner = torch.cat([self.parent[start[depth + 1] : start[depth + 2]], owner])
-            levels.append(_segment_logsumexp(below, owner - start[depth], start[depth + 1] - start[depth]))
+            levels.append(segment_logsumexp(below, owner - start[depth], start[depth + 1] - start[depth]))
         return torch.cat(levels[::-1], -1)
 
     def log_token_rewards(self, log_item_rewards: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ def _lexicographic_order(rows: np.ndarray) -> np.ndarray:
     return np.lexsort(keys[::-1])
 
 
-def _segment_logsumexp(values: Tensor, segment: Tensor, n_segments: int) -> Tensor:
+def segment_logsumexp(values: Tensor, segment: Tensor, n_segments: int) -> Tensor:
     """(..., n) values and (n,) segment ids → (..., n_segments) log Σ exp over each segment."""
     index = segment.expand(values.shape)
     shape = (*values.shape[:-1], n_segments)

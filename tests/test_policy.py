@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from flowerlib import backbone, policy
 
@@ -73,6 +74,26 @@ def test_samples_follow_the_policy_renormalised_over_children(world):
         np.testing.assert_allclose(probability.sum(), 1, atol=1e-5)
         drawn = np.bincount(catalogue.trie.node_leaf[nodes[:, column]].numpy(), minlength=len(probability)) / n
         assert (np.abs(drawn - probability) < 5 * np.sqrt(probability * (1 - probability) / n) + 1e-3).all()
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@torch.no_grad()
+def test_beams_equal_transformers_generate_under_the_mask(world, normalised):
+    model, catalogue = world
+    ids, mask = policy.left_padded([catalogue.context([0]), catalogue.context([3, 4, 1])])
+    blocked = policy._seen_nodes(catalogue.trie, [[0], [3, 4, 1]])
+    config = GenerationConfig(
+        num_beams=6, num_return_sequences=3, max_new_tokens=catalogue.trie.max_depth, do_sample=False,
+        length_penalty=float(normalised), early_stopping="never", eos_token_id=catalogue.terminator,
+        pad_token_id=catalogue.terminator, return_dict_in_generate=True, output_scores=True,
+    )
+    processor = policy.TrieLogitsProcessor(catalogue.trie, ids.shape[1], catalogue.terminator, blocked)
+    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=[processor])
+    _, scores = policy.beam_search(
+        model, catalogue, [catalogue.context([0]), catalogue.context([3, 4, 1])], 6, length_normalised=normalised,
+        seen=[[0], [3, 4, 1]],
+    )
+    np.testing.assert_allclose(scores[:, :3], out.sequences_scores.view(2, 3), atol=1e-4)
 
 
 def test_a_finished_or_lost_beam_may_only_end(world):
