@@ -19,7 +19,7 @@ def sft_loss(log_pf: Tensor, mask: Tensor) -> Tensor:
 
 
 def subtb_loss(log_pf: Tensor, log_token_rewards: Tensor, mask: Tensor, lam: float = 1.0) -> Tensor:
-    """Sub-trajectory balance with known flows (paper, Sec. 4): zero exactly where π equals the token rewards.
+    """Sub-trajectory balance with known flows (Gao et al. 2025): zero exactly where π equals the token rewards.
 
     With d_t = log π(v_{t+1} | s_t) − log r(s_t → s_{t+1}), the residual of the sub-path from a to b is Σ d_t for
     a ≤ t < b. The loss is the mean of the squared residuals over every sub-path in the batch, weighted by

@@ -23,7 +23,7 @@ def log_rewards(rewards: Tensor) -> Tensor:
 
 
 def count_log_rewards(trie: TitleTrie, counts: Tensor, alpha: float = 1.0) -> Tensor:
-    """log R(leaf) = α · log(count + 1), the popularity reward (paper, Sec. 4; α = 1 there), per item in nats.
+    """log R(leaf) = α · log(count + 1), the popularity reward (α = 1 in Gao et al. 2025), per item in nats.
 
     Items with equal titles share a leaf: their counts are added first, then raised, and the leaf's reward is split
     equally among them, so that `trie.log_flows` adds up to it again. α = 0 gives each distinct title the same.
