@@ -247,8 +247,8 @@ def _beam_batch(
         ancestors = torch.cat([ancestors, own], -1)
         visible = torch.cat([mask.bool()[:, None].expand(-1, nodes.shape[1], -1), ancestors], -1)
         out = model(
-            input_ids=trie.token[nodes].clamp(min=0), attention_mask=visible[:, None], past_key_values=out.past_key_values,
-            position_ids=(position[:, -1:] + depth).expand_as(nodes), use_cache=True,
+            input_ids=trie.token[nodes].clamp(min=0), attention_mask=visible[:, None], use_cache=True,
+            past_key_values=out.past_key_values, position_ids=(position[:, -1:] + depth).expand_as(nodes),
         )
     found = torch.isfinite(best)
     return torch.where(found, trie.node_leaf[best_node], -1), best
@@ -292,18 +292,22 @@ def _seen_nodes(trie: TitleTrie, seen: Sequence[Sequence[int]]) -> Tensor:
     return trie.log_flows(by_leaf[:, trie.item_leaf]) == -torch.inf
 
 
-@lru_cache(maxsize=2)
 def load_run(run: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Catalogue]:
-    """Model, tokenizer and catalogue of a finished run, such as runs/laptop/flower.
+    """Model, tokenizer and catalogue of a finished run, such as runs/laptop/flower; kept until the run changes.
 
     Raises:
         FileNotFoundError: the folder holds no finished run.
     """
-    run = Path(run)
-    for name in ("model", "items.parquet", "settings.json"):
-        if not (run / name).exists():
-            raise FileNotFoundError(f"{run} holds no finished run ({name} is missing): run notebook 02 or 03 first")
-    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval()
+    mark = Path(run) / "settings.json"  # written last
+    if not mark.exists():
+        raise FileNotFoundError(f"{run} holds no finished run (no {mark.name}): run notebook 02 or 03 first")
+    return _load_run(Path(run).resolve(), mark.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _load_run(run: Path, _written: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Catalogue]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     chosen = json.loads((run / "settings.json").read_text(encoding="utf-8"))
     titles = pd.read_parquet(run / "items.parquet").title.tolist()

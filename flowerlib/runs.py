@@ -28,8 +28,9 @@ SEEN = ("excluded", "allowed")
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of a run. `PROFILES` gives the values; a notebook parameter may replace any of them."""
+    """Every setting of a run. `PROFILES` gives the values; a notebook parameter may replace any but the first."""
 
+    profile: str = "laptop"
     # data (notebook 01)
     dataset: str = "movielens-100k"  # "movielens-100k", or the name to print for the data under data_path
     data_path: str = ""  # folder with the user's own data; "" fetches MovieLens-100K
@@ -65,28 +66,34 @@ class Settings:
 
 PROFILES: dict[str, Settings] = {
     "smoke": Settings(
-        max_items=80, max_users=60, max_history=8, model="tiny", frozen_layers=1, tuned_layers=1,
-        learning_rate=3e-3, epochs=6.0, evaluations=2,
+        profile="smoke", max_items=80, max_users=60, max_history=8, model="tiny", frozen_layers=1,
+        tuned_layers=1, learning_rate=3e-3, epochs=6.0, evaluations=2,
     ),
     "laptop": Settings(),
     "paper": Settings(
-        dataset="video_games", data_path="data/video_games", category="video game", split="time", max_history=10,
-        model="Qwen/Qwen2.5-1.5B", frozen_layers=0, tuned_layers=0, cut_vocabulary=False, rows="target",
-        learning_rate=3e-4, batch_size=256, epochs=7.0, evaluations=7, counts="windowed", theta=0.9995,
-        paths="policy",
+        profile="paper", dataset="video_games", data_path="data/video_games", category="video game", split="time",
+        max_history=10, model="Qwen/Qwen2.5-1.5B", frozen_layers=0, tuned_layers=0, cut_vocabulary=False,
+        rows="target", learning_rate=3e-4, batch_size=256, epochs=7.0, evaluations=7, counts="windowed",
+        theta=0.9995, paths="policy",
     ),
 }
 
 
-def settings(profile: str, **overrides: Any) -> Settings:
-    """The profile's settings with every override that is not None put in its place.
+def settings(profile: str, after: str | Path | None = None, **overrides: Any) -> Settings:
+    """The settings of one notebook: the profile's, or those of the step before, then every override that is not None.
+
+    Args:
+        after: folder that the step before wrote; its settings.json stands in for the profile's values, so that what
+            notebook 01 was told still holds in notebook 04.
 
     Raises:
-        ValueError: unknown profile, unknown setting, or a value of the wrong type; the message lists what is allowed.
+        ValueError: unknown profile, or not that of the step before; unknown setting, or a value of the wrong type. The
+            message lists what is allowed.
     """
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
-    types = {f.name: type(getattr(PROFILES[profile], f.name)) for f in fields(Settings)}
+    base = PROFILES[profile] if after is None else _read_settings(Path(after) / "settings.json", profile)
+    types = {f.name: type(getattr(base, f.name)) for f in fields(Settings) if f.name != "profile"}
     given = {}
     for name, value in overrides.items():
         if name not in types:
@@ -98,7 +105,22 @@ def settings(profile: str, **overrides: Any) -> Settings:
         if type(value) is not types[name]:
             raise ValueError(f"setting {name} takes a {types[name].__name__}, not {value!r}")
         given[name] = value
-    return replace(PROFILES[profile], **given)
+    return replace(base, **given)
+
+
+def _read_settings(path: Path, profile: str) -> Settings:
+    try:
+        base = Settings(**json.loads(path.read_text(encoding="utf-8")))
+    except TypeError:
+        raise ValueError(f"{path} comes from another version of this project: start again at notebook 01") from None
+    if base.profile != profile:
+        raise ValueError(f"{path.parent} was made with PROFILE {base.profile!r}, not {profile!r}: give another OUT")
+    return base
+
+
+def write_settings(folder: str | Path, chosen: Settings) -> None:
+    """Writes folder/settings.json, which `settings(after=folder)` reads: write it last, as the mark of a whole step."""
+    write_json(Path(folder) / "settings.json", asdict(chosen))
 
 
 def output_dir(profile: str, out: str | None) -> Path:
@@ -168,13 +190,12 @@ def _commit() -> str:
         return "unknown"
 
 
-def provenance(profile: str, chosen: Settings, seed: int, seconds: float) -> dict[str, Any]:
-    """Where a result comes from: profile, settings, seed, package versions, machine, commit, and times."""
+def provenance(chosen: Settings, seed: int, seconds: float) -> dict[str, Any]:
+    """Where a result comes from: settings (the profile among them), seed, package versions, machine, commit, times."""
     import torch
 
     packages = ("torch", "transformers", "peft", "accelerate", "numpy", "pandas")
     return {
-        "profile": profile,
         "seed": seed,
         "settings": asdict(chosen),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},

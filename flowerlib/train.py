@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import data, runs
@@ -53,26 +56,41 @@ class Rows(Dataset):
             row["hidden"] = self.hidden[self.start[i] : self.start[i + 1]]
         return row
 
-    def run_trunk(self, trunk: torch.nn.Module, path: Path, batch_size: int = 16) -> None:
-        """Runs the frozen layers once over all rows and keeps their output on disk as float16, memory-mapped."""
-        shape = (int(self.start[-1]), trunk.config.hidden_size)
+    def digest(self, *weights: Tensor) -> str:
+        """A name for these rows as these weights read them."""
+        sha = hashlib.sha256(self.start.tobytes())
+        for part in (*self.input_ids, *(w.detach().numpy(force=True) for w in weights)):
+            sha.update(np.ascontiguousarray(part))
+        return sha.hexdigest()[:16]
+
+    def run_trunk(self, trunk: PreTrainedModel, folder: Path, name: str, batch_size: int = 16) -> None:
+        """Runs the frozen layers once over all rows and keeps their output on disk as float16, memory-mapped.
+
+        The file is folder/<name>-<digest>.npy; one of other rows or weights is replaced.
+        """
+        path = folder / f"{name}-{self.digest(*trunk.parameters())}.npy"
         if not path.exists():
+            for stale in folder.glob(f"{name}-*.npy"):
+                stale.unlink()
             with runs.atomic(path) as new:
+                shape = (int(self.start[-1]), trunk.config.hidden_size)
                 out = np.lib.format.open_memmap(new, mode="w+", dtype=np.float16, shape=shape)
                 order = sorted(range(len(self)), key=lambda i: -len(self.input_ids[i]))
                 for first in tqdm(range(0, len(order), batch_size), desc="frozen layers, once", unit="batch"):
                     batch = order[first : first + batch_size]
-                    ids, mask = left_padded([self.input_ids[i].tolist() for i in batch])
-                    with torch.no_grad():
-                        hidden = trunk(input_ids=ids, attention_mask=mask, position_ids=positions(mask))
-                    for i, states in zip(batch, hidden.last_hidden_state, strict=True):
-                        states = states[-len(self.input_ids[i]) :].half()
-                        if not torch.isfinite(states).all():
-                            raise ValueError("the frozen layers' output leaves float16's range: set frozen_layers to 0")
-                        out[self.start[i] : self.start[i + 1]] = states.numpy()
+                    for i, states in zip(batch, self._states(trunk, batch), strict=True):
+                        out[self.start[i] : self.start[i + 1]] = states
                 out.flush()
                 del out
         self.hidden = np.load(path, mmap_mode="r")
+
+    @torch.no_grad()
+    def _states(self, trunk: PreTrainedModel, batch: Sequence[int]) -> list[np.ndarray]:
+        ids, mask = (x.to(trunk.device) for x in left_padded([self.input_ids[i].tolist() for i in batch]))
+        states = trunk(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).last_hidden_state.half()
+        if not torch.isfinite(states[mask.bool()]).all():
+            raise ValueError("the frozen layers' output leaves float16's range: set frozen_layers to 0")
+        return [row[-len(self.input_ids[i]) :] for i, row in zip(batch, states.numpy(force=True))]
 
 
 def positions(attention_mask: Tensor) -> Tensor:
@@ -157,6 +175,8 @@ class FlowerTrainer(Trainer):
         self.trie = trie.to(self.args.device)
         self.log_r = log_token_rewards.float().to(self.args.device)
         self.theta, self.lam, self.paths = theta, lam, paths
+        path = self.trie.paths(self.trie.leaves)
+        self.leaf_share = torch.where(path >= 0, self.log_r[path], 0).sum(-1).exp()  # (n_leaves,) R / Z
         self.model_accepts_loss_kwargs = False
         self._parts: dict[str, list[Tensor]] = {}
 
@@ -206,52 +226,46 @@ class FlowerTrainer(Trainer):
     def _with_sampled_paths(
         self, model: PreTrainedModel, batch: dict[str, Tensor], nodes: Tensor
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-        """One drawn title a row, packed behind it: it sees the prompt before one of the row's targets, not the target.
+        """One drawn title a row, packed behind it: a rival of one of the row's targets, it sees what stands before that.
 
         Returns the batch with a (B, 1, L', L') mask, and nodes, predictor and sampled, (B, L') each.
         """
+        starts = (nodes >= 0) & (self.trie.depth[nodes.clamp(min=0)] == 1)
+        branch = torch.multinomial(starts.float(), 1)  # (B, 1) the column at which the rival starts
+        path = self.trie.paths(self._draw_leaves(model, batch, branch))
+        drawn = path >= 0
         ids, mask = batch["input_ids"], batch["attention_mask"]
         n, width = ids.shape
-        starts = self.trie.depth[nodes.clamp(min=0)] == 1
-        starts &= nodes >= 0
-        end = torch.multinomial(starts.float(), 1)[:, 0]  # the column at which the drawn title's rival starts
-        if self.paths == "policy":
-            shift = (torch.arange(width, device=ids.device) - (width - end)[:, None]) % width
-            prompt = torch.arange(width, device=ids.device) >= (width - mask.cumsum(-1).gather(1, end[:, None] - 1))
-            model.eval()
-            leaves = sample_leaves(self.accelerator.unwrap_model(model), self.trie, ids.gather(1, shift), prompt.long())
-            model.train()
-        else:
-            leaf_flow = torch.zeros(n, device=ids.device).long()
-            for _ in range(self.trie.max_depth):
-                rows, children = self.trie.children(leaf_flow)
-                if len(rows) == 0:
-                    break
-                noisy = self.log_r[children] - torch.empty(len(children), device=ids.device).exponential_().log()
-                best = torch.full((n,), -torch.inf, device=ids.device).scatter_reduce(0, rows, noisy, "amax")
-                leaf_flow = leaf_flow.index_copy(0, rows[noisy == best[rows]], children[noisy == best[rows]])
-            leaves = leaf_flow
-        path = self.trie.paths(leaves)
-        drawn = path >= 0
         column = torch.arange(width + path.shape[1], device=ids.device)
-        old, new = column < width, column >= width
-        real = torch.cat([mask.bool(), drawn], 1)
-        causal = column[:, None] >= column[None, :]
-        visible = (old[None, :, None] & old[None, None, :]) | (new[None, :, None] & (
-            new[None, None, :] | (column < end[:, None])[:, None, :]
-        ))
-        attention = (causal & visible & real[:, None, :]) | torch.eye(len(column), dtype=torch.bool, device=ids.device)
+        new = column >= width
+        own = torch.where(new[:, None], new | (column < branch[..., None]), ~new)  # (B, L', L')
+        real = torch.cat([mask.bool(), drawn], 1)[:, None]
+        visible = own & real & (column[:, None] >= column) | torch.eye(len(column), dtype=torch.bool, device=ids.device)
         position = positions(mask)
-        after = position.gather(1, end[:, None]) + torch.arange(path.shape[1], device=ids.device)
-        predictor = torch.cat([column[:width].expand(n, -1) - 1, column[width:].expand(n, -1) - 1], 1).clone()
-        predictor[:, width] = end - 1
+        predictor = (column - 1).repeat(n, 1)
+        predictor[:, width] = branch[:, 0] - 1
         packed = {
-            "input_ids": torch.cat([ids, torch.where(drawn, self.trie.token[path.clamp(min=0)], 0)], 1),
-            "attention_mask": attention[:, None], "position_ids": torch.cat([position, after], 1),
+            "input_ids": torch.cat([ids, self.trie.token[path.clamp(min=0)] * drawn], 1),
+            "attention_mask": visible[:, None],
+            "position_ids": torch.cat([position, position.gather(1, branch) + column[: path.shape[1]]], 1),
         }
-        nodes = torch.cat([nodes, torch.where(drawn, path, NO_TARGET)], 1)
-        sampled = torch.cat([torch.zeros_like(mask).bool(), drawn], 1)
-        return packed, nodes, predictor, sampled
+        sampled = torch.cat([torch.zeros_like(mask, dtype=torch.bool), drawn], 1)
+        return packed, torch.cat([nodes, torch.where(drawn, path, NO_TARGET)], 1), predictor, sampled
+
+    @torch.no_grad()
+    def _draw_leaves(self, model: PreTrainedModel, batch: dict[str, Tensor], branch: Tensor) -> Tensor:
+        """(B,) one leaf a row, from the flow or from the model after the row's columns before `branch`."""
+        if self.paths == "reward":
+            return self.trie.leaves[torch.multinomial(self.leaf_share, len(branch), replacement=True)]
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        width = ids.shape[1]
+        column = torch.arange(width, device=ids.device)
+        to_the_right = (column + branch) % width  # each row rolled until its prompt ends at the right edge
+        prompt = mask.gather(1, to_the_right) * (column >= width - branch)
+        model.eval()
+        leaves = sample_leaves(self.accelerator.unwrap_model(model), self.trie, ids.gather(1, to_the_right), prompt)
+        model.train()
+        return leaves
 
     def _note(self, name: str, value: Tensor) -> None:
         key = name if self.model.training else f"eval_{name}"
@@ -278,6 +292,9 @@ def train(
         cache: folder in which the frozen layers' output is kept, shared by the runs on one backbone.
         theta: 1 for SFT, chosen.theta for Flower.
 
+    Raises:
+        ValueError: a title or a row is longer than the model's context; sampled paths behind frozen layers.
+
     Returns:
         The log: columns step, loss, kind ("train" or "validation"), sft and flow (nats per token, nats²).
     """
@@ -287,11 +304,15 @@ def train(
     histories, targets = row_positions(tables, tables.valid)
     keep = np.random.default_rng(seed).permutation(len(targets))[: chosen.validation_rows or None]
     valid = make_rows(catalogue, [histories[i] for i in keep], [[targets[i]] for i in keep])
-    tuned = model
+    _check_lengths(model, catalogue, rows)
+    total = max(1, round(chosen.epochs * len(rows) / chosen.batch_size))
+    checkpoints = folder / "checkpoints"
+    arguments = _arguments(chosen, checkpoints, total, seed)
+    tuned = model.to(arguments.device)
     if chosen.frozen_layers:
         trunk, tuned = split_layers(model, chosen.frozen_layers)
-        rows.run_trunk(trunk, cache / "train.npy")
-        valid.run_trunk(trunk, cache / f"valid_{seed}.npy")
+        rows.run_trunk(trunk, cache, "train")
+        valid.run_trunk(trunk, cache, "valid")
     if chosen.lora_rank:
         from peft import LoraConfig, get_peft_model
 
@@ -299,35 +320,57 @@ def train(
         tuned = get_peft_model(tuned, config)
     elif chosen.frozen_layers:
         tuned.get_input_embeddings().requires_grad_(False)
-    checkpoints = folder / "checkpoints"
-    plan = {"settings": asdict(chosen), "seed": seed, "theta": theta}
-    if (checkpoints / "plan.json").exists() and json.loads((checkpoints / "plan.json").read_text()) != plan:
-        shutil.rmtree(checkpoints)
-    runs.write_json(checkpoints / "plan.json", plan)
-    total = max(1, round(chosen.epochs * len(rows) / chosen.batch_size))
-    every = -(-total // chosen.evaluations)
+    plan = {"settings": asdict(chosen), "seed": seed, "theta": theta, "rows": rows.digest()}
+    last = _last_checkpoint(checkpoints, plan)
     runs.seed_everything(seed)
     logging.set_verbosity_error()
     trainer = FlowerTrainer(
-        tuned, _arguments(chosen, checkpoints, total, every, seed), train_dataset=rows, eval_dataset=valid,
+        tuned, arguments, train_dataset=rows, eval_dataset=valid,
         trie=catalogue.trie, theta=theta, lam=chosen.lam, paths=chosen.paths,
         log_token_rewards=catalogue.trie.log_token_rewards(log_item_rewards), callbacks=[_OneBar()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints))
+    trainer.train(resume_from_checkpoint=last)
     if chosen.lora_rank:
         tuned.merge_and_unload()
     with runs.atomic(folder / "model") as new:
         model.eval().save_pretrained(new)
         tokenizer.save_pretrained(new)
     tables.items.to_parquet(folder / "items.parquet", index=False)
-    runs.write_json(folder / "settings.json", asdict(chosen))
-    log = _log_table(trainer.state.log_history)
+    runs.write_settings(folder, chosen)
     shutil.rmtree(checkpoints)
-    return log
+    return _log_table(trainer.state.log_history)
 
 
-def _arguments(chosen: Settings, folder: Path, total: int, every: int, seed: int) -> TrainingArguments:
+def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, rows: Rows) -> None:
+    """Refuses a title or a row that is longer than the model's context."""
+    limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    lengths = [len(sequence) for sequence in catalogue.sequences]
+    item = int(np.argmax(lengths))
+    prompt = len(catalogue.context([]))
+    if prompt + lengths[item] > limit:
+        raise ValueError(
+            f"item {item}, {catalogue.titles[item][:60]!r}, has {lengths[item]} tokens; prompt and title together may "
+            f"have {limit}: shorten the title"
+        )
+    longest = max(len(ids) for ids in rows.input_ids) + catalogue.trie.max_depth
+    if longest > limit:
+        raise ValueError(f"a row may grow to {longest} tokens and the model reads {limit}: lower max_history")
+
+
+def _last_checkpoint(folder: Path, plan: dict[str, Any]) -> str | None:
+    """The last whole checkpoint of a killed run of the same plan; those of another plan are removed."""
+    if (folder / "plan.json").exists() and json.loads((folder / "plan.json").read_text()) != plan:
+        shutil.rmtree(folder)
+    for half in folder.glob("checkpoint-*"):
+        if not (half / TRAINER_STATE_NAME).exists():  # written last
+            shutil.rmtree(half)
+    runs.write_json(folder / "plan.json", plan)
+    return get_last_checkpoint(folder)
+
+
+def _arguments(chosen: Settings, folder: Path, total: int, seed: int) -> TrainingArguments:
+    every = -(-total // chosen.evaluations)
     return TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=chosen.batch_size,
         per_device_eval_batch_size=2 * chosen.batch_size, learning_rate=chosen.learning_rate,

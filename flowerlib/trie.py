@@ -61,7 +61,9 @@ class TitleTrie:
         child_start = np.searchsorted(parent[1:], np.arange(n_nodes + 1)) + 1
         inner = np.flatnonzero(child_start[leaf + 1] > child_start[leaf])
         if len(inner):
-            raise ValueError(f"the sequence of item {inner[0]} is the beginning of another one: end each in a terminator")
+            raise ValueError(
+                f"the sequence of item {inner[0]} is the beginning of another one: end each in a terminator"
+            )
         arrays = (parent, np.concatenate(tokens), np.concatenate(depths), leaf, child_start)
         return cls(*(torch.from_numpy(a.astype(np.int64)) for a in arrays))
 

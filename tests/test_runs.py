@@ -38,3 +38,13 @@ def test_results_are_checked_and_rounded(tmp_path):
         runs.write_results(path, [{"method": "sft"}], {})
     with pytest.raises(ValueError, match="row 1: dgu is nan"):
         runs.write_results(path, [{}, {"dgu": float("nan")}], {})
+
+
+def test_settings_of_the_step_before_hold_on(tmp_path):
+    runs.write_settings(tmp_path, runs.settings("smoke", category="book"))
+    assert runs.settings("smoke", after=tmp_path, alpha=0.5) == runs.settings("smoke", category="book", alpha=0.5)
+    with pytest.raises(ValueError, match="made with PROFILE 'smoke', not 'laptop': give another OUT"):
+        runs.settings("laptop", after=tmp_path)
+    runs.write_json(tmp_path / "settings.json", {"depth": 3})
+    with pytest.raises(ValueError, match="start again at notebook 01"):
+        runs.settings("laptop", after=tmp_path)
