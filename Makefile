@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: reproduce test bench
+.PHONY: reproduce test bench publish
 reproduce: .venv/ready
 	$(BIN)/python -m flowerlib.reproduce --profile $(PROFILE) --out $(OUT) $(foreach p,$(PARAMETERS),-p $(p))
 
@@ -13,6 +13,9 @@ test: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m pytest tests/benchmarks/bench_*.py --benchmark-enable --benchmark-only
+
+publish: .venv/ready
+	$(BIN)/python -m flowerlib.publish
 
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed'"

@@ -16,6 +16,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -246,6 +247,31 @@ def histories(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     column = pa.chunked_array([pa.array(rows.history)]).combine_chunks()
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
     return column.flatten().to_numpy(zero_copy_only=False), np.r_[0, np.cumsum(lengths)].astype(np.int64)
+
+
+def row_positions(tables: Tables, rows: pd.DataFrame) -> tuple[list[list[int]], list[int]]:
+    """Histories and targets of a table's rows as positions in `tables.items`."""
+    index = pd.Index(tables.items.item_id)
+    flat, offsets = histories(rows)
+    flat = index.get_indexer(flat).tolist()
+    return [flat[a:b] for a, b in zip(offsets[:-1], offsets[1:])], index.get_indexer(rows.target).tolist()
+
+
+def seen_positions(tables: Tables, part: str) -> list[list[int]]:
+    """For each row of a part, positions in `tables.items` of all that its user had chosen before the target.
+
+    That is more than the history, which ends after max_history titles, where the rows name their user.
+    """
+    before: dict[Any, dict[int, None]] = {}  # what each user has chosen so far, in order
+    for name in PARTS[: PARTS.index(part) + 1]:
+        rows, result = getattr(tables, name), []
+        users = rows.user_id if "user_id" in rows else range(len(rows))
+        for user, history, target in zip(users, *row_positions(tables, rows), strict=True):
+            chosen = before.setdefault(user if "user_id" in rows else (name, user), {})
+            chosen.update(dict.fromkeys(history))
+            result.append(list(chosen) if name == part else [])
+            chosen[target] = None
+    return result
 
 
 def sequences(train: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast,
+    AutoModelForCausalLM, AutoTokenizer, Cache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast,
 )
 
 from .trie import TitleTrie, segment_logsumexp
@@ -177,81 +177,110 @@ class TrieLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(~allowed, -torch.inf)
 
 
-@torch.no_grad()
-def beam_search(
-    model: PreTrainedModel, catalogue: Catalogue, contexts: Sequence[Sequence[int]], n_beams: int,
-    length_normalised: bool = False, child_renormalised: bool = False, seen: Sequence[Sequence[int]] | None = None,
-    batch_size: int = 16, progress: str | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The `n_beams` best titles for each prompt, by beam search down the trie.
+@dataclass(frozen=True)
+class Beams:
+    """One way to search the trie for the best titles, by `n` beams.
 
     A title's score is Σ log π over its tokens, ⊤ included, in nats and over the whole vocabulary. Only the children
     of the beams' nodes are candidates, and every finished title competes, so that with as many beams as titles the
-    search is exact. A prompt's beams are one packed sequence behind its key-value cache: the prompt is computed and
-    stored once, and no cache is copied when beams change places. `TrieLogitsProcessor` does the same search through
-    transformers' `generate`, at the price of a copy of the prompt's cache per beam and step.
+    search is exact.
 
-    Args:
-        contexts: prompts as token lists (`Catalogue.context`).
+    Attributes:
         length_normalised: divide the score by the number of tokens, ⊤ included (the official choice).
         child_renormalised: take π over the children of each node alone.
-        seen: item positions never to be recommended, per prompt.
+        seen_allowed: titles that the user has seen may be recommended again.
+    """
+
+    n: int = 10
+    length_normalised: bool = False
+    child_renormalised: bool = False
+    seen_allowed: bool = False
+
+
+@torch.no_grad()
+def beam_search(
+    model: PreTrainedModel, catalogue: Catalogue, histories: Sequence[Sequence[int]], searches: Sequence[Beams],
+    seen: Sequence[Sequence[int]] | None = None, batch_size: int = 16, progress: str | None = None,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The best titles after each history, for each of the searches: they share one pass over the prompts.
+
+    A prompt's beams are one packed sequence behind its key-value cache: the prompt is computed and stored once, and
+    no cache is copied when beams change places. `TrieLogitsProcessor` does the same search through transformers'
+    `generate`, at the price of a copy of the prompt and its cache per beam.
+
+    Args:
+        histories: item positions, oldest first, that the prompts tell; may be empty.
+        seen: item positions not to be recommended, where they are more than the histories.
         progress: label of a progress bar, or None.
 
     Returns:
-        leaf ids (N, n_beams) best first and -1 where a beam found nothing; scores (N, n_beams), -inf there.
+        For each search, leaf ids (N, n) best first and -1 where a beam found nothing; scores (N, n), -inf there.
     """
     trie = catalogue.trie.to(model.device)
-    leaves = np.full((len(contexts), n_beams), -1)
-    scores = np.full((len(contexts), n_beams), -np.inf)
+    contexts = [catalogue.context(history) for history in histories]
+    results = [(np.full((len(contexts), s.n), -1), np.full((len(contexts), s.n), -np.inf)) for s in searches]
     order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    for batch in tqdm(batches, desc=progress, disable=progress is None):
-        input_ids, mask = left_padded([contexts[i] for i in batch])
-        blocked = _seen_nodes(trie, [seen[i] for i in batch]) if seen is not None else None
-        found, score = _beam_batch(
-            model, trie, input_ids.to(model.device), mask.to(model.device), n_beams, blocked, length_normalised,
-            child_renormalised,
-        )
-        leaves[batch], scores[batch] = found.cpu().numpy(), score.cpu().numpy()
-    return leaves, scores
+    for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None):
+        prompt = _read(model, [contexts[i] for i in batch])
+        blocked = _nodes_of(trie, [(histories if seen is None else seen)[i] for i in batch])
+        for search, (leaves, scores) in zip(searches, results, strict=True):
+            found, score = _search(model, trie, prompt, search, None if search.seen_allowed else blocked)
+            leaves[batch], scores[batch] = found.cpu().numpy(), score.cpu().numpy()
+    return results
 
 
-def _beam_batch(
-    model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, mask: Tensor, n_beams: int, blocked: Tensor | None,
-    length_normalised: bool, child_renormalised: bool,
-) -> tuple[Tensor, Tensor]:
-    n, device = len(input_ids), input_ids.device
+@dataclass(frozen=True)
+class _Prompt:
+    """Prompts as read by a model: mask and positions (B, T), the last token's logits (B, 1, V), the cache of all."""
+
+    mask: Tensor
+    position: Tensor
+    logits: Tensor
+    cache: Cache
+
+
+def _read(model: PreTrainedModel, contexts: Sequence[Sequence[int]]) -> _Prompt:
+    input_ids, mask = (x.to(model.device) for x in left_padded(contexts))
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     out = model(input_ids=input_ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
+    return _Prompt(mask.bool(), position, out.logits, out.past_key_values)
+
+
+def _search(
+    model: PreTrainedModel, trie: TitleTrie, prompt: _Prompt, search: Beams, blocked: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Leaf ids and scores, (B, n) each. The prompt's cache is as it was when the search ends."""
+    n, device = len(prompt.mask), prompt.mask.device
+    logits = prompt.logits
     nodes = torch.zeros(n, 1, dtype=torch.long, device=device)
     score = torch.zeros(n, 1, device=device)
     ancestors = torch.zeros(n, 1, 0, dtype=torch.bool, device=device)  # packed columns that each beam has come through
-    best = torch.full((n, n_beams), -torch.inf, device=device)
+    best = torch.full((n, search.n), -torch.inf, device=device)
     best_node = torch.zeros_like(best, dtype=torch.long)
     for depth in range(1, trie.max_depth + 1):
-        total, child, beam = _candidates(trie, out.logits, nodes, score, blocked, child_renormalised)
+        total, child, beam = _candidates(trie, logits, nodes, score, blocked, search.child_renormalised)
         is_leaf = trie.node_leaf[child] >= 0
-        length = depth if length_normalised else 1
-        best, place = torch.cat([best, torch.where(is_leaf, total / length, -torch.inf)], 1).topk(n_beams)
+        length = depth if search.length_normalised else 1
+        best, place = torch.cat([best, torch.where(is_leaf, total / length, -torch.inf)], 1).topk(search.n)
         best_node = torch.cat([best_node, child], 1).gather(1, place)
         running = torch.where(is_leaf, -torch.inf, total)
-        longest = trie.max_depth if length_normalised else 1  # no title below a beam can score more than this bound
+        longest = trie.max_depth if search.length_normalised else 1  # no title below a beam can score above this bound
         running = torch.where(running / longest > best[:, -1:], running, -torch.inf)
-        score, place = running.topk(min(n_beams, running.shape[1]))
+        score, place = running.topk(min(search.n, running.shape[1]))
         if not torch.isfinite(score).any():
             break
         nodes, beam = child.gather(1, place), beam.gather(1, place)
         ancestors = ancestors.gather(1, beam[..., None].expand(-1, -1, ancestors.shape[-1]))
-        own = torch.eye(nodes.shape[1], dtype=torch.bool, device=device).expand(n, -1, -1)
-        ancestors = torch.cat([ancestors, own], -1)
-        visible = torch.cat([mask.bool()[:, None].expand(-1, nodes.shape[1], -1), ancestors], -1)
-        out = model(
-            input_ids=trie.token[nodes].clamp(min=0), attention_mask=visible[:, None], use_cache=True,
-            past_key_values=out.past_key_values, position_ids=(position[:, -1:] + depth).expand_as(nodes),
-        )
-    found = torch.isfinite(best)
-    return torch.where(found, trie.node_leaf[best_node], -1), best
+        itself = torch.eye(nodes.shape[1], dtype=torch.bool, device=device).expand(n, -1, -1)
+        ancestors = torch.cat([ancestors, itself], -1)
+        visible = torch.cat([prompt.mask[:, None].expand(-1, nodes.shape[1], -1), ancestors], -1)
+        logits = model(
+            input_ids=trie.token[nodes].clamp(min=0), attention_mask=visible[:, None], past_key_values=prompt.cache,
+            position_ids=(prompt.position[:, -1:] + depth).expand_as(nodes), use_cache=True,
+        ).logits
+    prompt.cache.crop(-ancestors.shape[-1])
+    return torch.where(torch.isfinite(best), trie.node_leaf[best_node], -1), best
 
 
 def _candidates(
@@ -282,7 +311,7 @@ def _candidates(
     return total, child, beam
 
 
-def _seen_nodes(trie: TitleTrie, seen: Sequence[Sequence[int]]) -> Tensor:
+def _nodes_of(trie: TitleTrie, seen: Sequence[Sequence[int]]) -> Tensor:
     """(B, n_nodes) bool: nodes under which every title was seen. Equal titles are seen together."""
     flows = torch.zeros(len(seen), trie.n_items, device=trie.leaf.device)
     for row, items in enumerate(seen):
@@ -336,9 +365,8 @@ def recommend(run: str | Path, history: Sequence[Any], k: int = 10) -> pd.DataFr
         if place < 0 and entry not in by_title:
             raise ValueError(f"{entry!r} is neither an item id nor a title of {Path(run) / 'items.parquet'}")
         places.append(int(place) if place >= 0 else int(by_title[entry]))
-    chosen = json.loads((Path(run) / "settings.json").read_text(encoding="utf-8"))
-    context = catalogue.context(places[-chosen["max_history"] :])
-    leaves, scores = beam_search(model, catalogue, [context], k, seen=[places])
+    max_history = json.loads((Path(run) / "settings.json").read_text(encoding="utf-8"))["max_history"]
+    [(leaves, scores)] = beam_search(model, catalogue, [places[-max_history:]], [Beams(k)], seen=[places])
     first = {leaf: item for item, leaf in reversed(list(enumerate(catalogue.trie.item_leaf.tolist())))}
     found = [first[leaf] for leaf in leaves[0] if leaf >= 0]
     return items.iloc[found].reset_index(drop=True).assign(score=scores[0][: len(found)])

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pandas as pd
 
 from . import runs
@@ -22,6 +23,10 @@ NOTEBOOKS = (
     "01_prepare_the_data.ipynb", "02_train_sft.ipynb", "03_train_flower.ipynb", "04_bias_and_diversity.ipynb",
 )
 FOLDER = runs.ROOT / "notebooks"
+
+
+class NotebookError(RuntimeError):
+    """A notebook stopped with an error; the message names both."""
 
 
 def parameters(notebook: Path) -> list[str]:
@@ -34,11 +39,12 @@ def parameters(notebook: Path) -> list[str]:
 def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only: Sequence[str] = NOTEBOOKS) -> Path:
     """Runs the notebooks whose settings, code or inputs have changed since their last complete run.
 
-    Executed notebooks, an HTML page of each, results and figures lie in the folder that is returned. Each override
-    goes to every notebook that has a parameter of its name.
+    Executed notebooks, results and figures lie in the folder that is returned. Each override goes to every notebook
+    that has a parameter of its name; the notebooks after it take it over from the run's folder.
 
     Raises:
         ValueError: unknown profile, or a parameter that no notebook has.
+        NotebookError: a notebook stopped with an error.
     """
     if profile not in runs.PROFILES:
         runs.settings(profile)
@@ -57,9 +63,37 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
             print(f"{name}: unchanged since its last complete run, skipped", flush=True)
             continue
         stamp.unlink(missing_ok=True)
+        print(f"\n{name}", flush=True)
         _run(name, given, folder)
         stamp.write_text(chain)
     return folder
+
+
+def report(folder: Path, names: Sequence[str] = NOTEBOOKS) -> Path:
+    """Writes the executed notebooks one after the other as one HTML page, the comparison first."""
+    from nbconvert import HTMLExporter
+
+    pages = [nbformat.read(folder / "notebooks" / name, as_version=4) for name in names]
+    headings = [page.cells[0].source.split("\n")[0].removeprefix("# ") for page in pages]
+    contents = [f"- [{heading}](#{heading.replace(' ', '-')})" for heading in headings]
+    first = ["# SFT against Flower", comparison(folder).to_html(border=0), *contents]
+    joint = nbformat.v4.new_notebook(metadata=pages[0].metadata)
+    joint.cells.append(nbformat.v4.new_markdown_cell("\n\n".join(first)))
+    for n, cell in enumerate((cell for page in pages for cell in page.cells), 1):
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not is_noise(output)]
+        cell["id"] = str(n)
+        joint.cells.append(cell)
+    path = folder / "report.html"
+    with runs.atomic(path) as new:
+        resources = {"metadata": {"name": f"Flower, {folder.name}"}}
+        new.write_text(HTMLExporter().from_notebook_node(joint, resources)[0], encoding="utf-8")
+    return path
+
+
+def is_noise(output: Mapping[str, Any]) -> bool:
+    """Whether a cell's output is a progress bar or a warning."""
+    return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 def _hash(*parts: bytes) -> str:
@@ -73,18 +107,18 @@ def _code(notebook: Path) -> bytes:
 
 def _run(name: str, given: Mapping[str, Any], folder: Path) -> None:
     import papermill
-    from nbconvert import HTMLExporter
 
     done = folder / "notebooks" / name
     done.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    papermill.execute_notebook(
-        FOLDER / name, done, parameters=dict(given), kernel_name="python3", cwd=FOLDER, log_output=True,
-        stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False,
-    )
+    try:
+        papermill.execute_notebook(
+            FOLDER / name, done, parameters=dict(given), kernel_name="python3", cwd=FOLDER, log_output=True,
+            stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False, extra_arguments=["--log-level=ERROR"],
+        )
+    except papermill.PapermillExecutionError as error:
+        raise NotebookError(f"{name} stopped with {error.ename}: {error.evalue} (see {done})") from None
     seconds = time.perf_counter() - start
-    with runs.atomic(done.with_suffix(".html")) as new:
-        new.write_text(HTMLExporter().from_filename(done)[0], encoding="utf-8")
     path = folder / "timings.json"
     timings = json.loads(path.read_text()) if path.exists() else {}
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**(2 if sys.platform == "darwin" else 1)
@@ -100,7 +134,7 @@ def comparison(folder: Path) -> pd.DataFrame:
     rows = pd.DataFrame(runs.read_results(folder / "results" / "04_bias_and_diversity.json"))
     k = max(int(name.split("@")[1]) for name in rows if name.startswith("ndcg@") and name.split("@")[1].isdigit())
     figures = [f"ndcg@{k}", f"hr@{k}", "dgu", "mgu", "h_bits", "ttr", "distinct", "gini"]
-    return rows.set_index(["method", "decoding", "seen"])[figures].round(3)
+    return rows.set_index(["seen", "decoding", "method"]).sort_index(ascending=False)[figures].round(3)
 
 
 def _literal(text: str) -> tuple[str, Any]:
@@ -121,10 +155,11 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         folder = reproduce(given.profile, given.out, dict(given.parameter))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, NotebookError) as error:
         raise SystemExit(f"error: {error}") from None
+    page = report(folder)
     print(f"\nSFT against Flower ({given.profile})\n\n{comparison(folder).to_string()}\n")
-    print(f"executed notebooks and HTML: {folder / 'notebooks'}")
+    print(f"report: {page}\nexecuted notebooks: {folder / 'notebooks'}")
     print(f"figures: {folder / 'figures'}\nresults: {folder / 'results'}")
 
 

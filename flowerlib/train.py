@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import (
     PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging,
 )
@@ -121,7 +121,7 @@ def training_rows(catalogue: Catalogue, tables: data.Tables, chosen: Settings) -
     """Every training target once: in rows of up to max_history titles ("sequence"), or one a prompt ("target")."""
     index = pd.Index(tables.items.item_id)
     if chosen.rows == "target":
-        histories, targets = row_positions(tables, tables.train)
+        histories, targets = data.row_positions(tables, tables.train)
         return make_rows(catalogue, histories, [[t] for t in targets])
     flat, start = data.sequences(tables.train)
     flat = index.get_indexer(flat).tolist()
@@ -130,14 +130,6 @@ def training_rows(catalogue: Catalogue, tables: data.Tables, chosen: Settings) -
         for first, stop in zip(start[:-1], start[1:]) for i in range(first, stop, chosen.max_history)
     ]
     return make_rows(catalogue, [[]] * len(windows), windows)
-
-
-def row_positions(tables: data.Tables, rows: pd.DataFrame) -> tuple[list[list[int]], list[int]]:
-    """Histories and targets of table rows as positions in `tables.items`."""
-    index = pd.Index(tables.items.item_id)
-    flat, offsets = data.histories(rows)
-    flat = index.get_indexer(flat).tolist()
-    return [flat[a:b] for a, b in zip(offsets[:-1], offsets[1:])], index.get_indexer(rows.target).tolist()
 
 
 def collate(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
@@ -301,7 +293,7 @@ def train(
     if chosen.frozen_layers and chosen.paths != "logged" and theta < 1:
         raise ValueError("paths other than logged need every layer at hand: set frozen_layers to 0")
     rows = training_rows(catalogue, tables, chosen)
-    histories, targets = row_positions(tables, tables.valid)
+    histories, targets = data.row_positions(tables, tables.valid)
     keep = np.random.default_rng(seed).permutation(len(targets))[: chosen.validation_rows or None]
     valid = make_rows(catalogue, [histories[i] for i in keep], [[targets[i]] for i in keep])
     _check_lengths(model, catalogue, rows)

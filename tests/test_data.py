@@ -158,6 +158,21 @@ def test_sequences_put_the_rows_together_again(log, cap, how):
     assert (data.item_counts(tables) == counts).all()
 
 
+@prove
+@given(LOG, st.integers(1, 4), st.sampled_from(data.SPLITS), st.sampled_from(data.PARTS))
+def test_seen_is_all_that_came_before_the_target(log, cap, how, part):
+    tables = data.split_interactions(CATALOGUE, frame(log), how, cap)
+    users, rows = by_user(log), getattr(tables, part)
+    seen = data.seen_positions(tables, part)
+    position = {}
+    for name in data.PARTS[: data.PARTS.index(part) + 1]:
+        for k, user in enumerate(getattr(tables, name).user_id):
+            position[user] = position.get(user, 0) + 1
+            if name == part:
+                assert set(seen[k]) == {item for item, _ in users[user][: position[user]]}
+    assert len(seen) == len(rows)
+
+
 def test_sequences_without_users_and_with_mixed_rows():
     rows = pd.DataFrame({"history": [[1], [4], [1, 2], [4, 5], [2, 3]], "target": [2, 5, 3, 6, 1]})
     flat, offsets = data.sequences(rows)

@@ -38,10 +38,9 @@ def exact_log_probabilities(model, catalogue, history, renormalised):
 def test_wide_beams_find_every_title_with_its_exact_score(world, normalised, renormalised):
     model, catalogue = world
     histories = [[0], [3, 4, 6, 1], []]
-    leaves, scores = policy.beam_search(
-        model, catalogue, [catalogue.context(h) for h in histories], 8, length_normalised=normalised,
-        child_renormalised=renormalised,
-    )
+    search = policy.Beams(8, length_normalised=normalised, child_renormalised=renormalised, seen_allowed=True)
+    _, (leaves, scores), again = policy.beam_search(model, catalogue, histories, [policy.Beams(2), search, search])
+    assert (leaves == again[0]).all() and (scores == again[1]).all()  # a search leaves the prompt's cache as it was
     for history, found, score in zip(histories, leaves, scores):
         exact = exact_log_probabilities(model, catalogue, history, renormalised)
         expected = {leaf: total / (length if normalised else 1) for leaf, (total, length) in exact.items()}
@@ -55,9 +54,11 @@ def test_wide_beams_find_every_title_with_its_exact_score(world, normalised, ren
 def test_seen_titles_are_left_out_with_their_namesakes(world):
     model, catalogue = world
     leaf = catalogue.trie.item_leaf.tolist()
-    leaves, _ = policy.beam_search(model, catalogue, [catalogue.context([0, 4])], 8, seen=[[0, 4]])
+    [(leaves, _)] = policy.beam_search(model, catalogue, [[0, 4]], [policy.Beams(8)])
     assert set(leaves[0]) - {-1} == set(leaf) - {leaf[0], leaf[4]}
     assert leaf[4] == leaf[5]
+    [(leaves, _)] = policy.beam_search(model, catalogue, [[4]], [policy.Beams(8)], seen=[[0, 4]])
+    assert set(leaves[0]) - {-1} == set(leaf) - {leaf[0], leaf[4]}
 
 
 @torch.no_grad()
@@ -81,7 +82,7 @@ def test_samples_follow_the_policy_renormalised_over_children(world):
 def test_beams_equal_transformers_generate_under_the_mask(world, normalised):
     model, catalogue = world
     ids, mask = policy.left_padded([catalogue.context([0]), catalogue.context([3, 4, 1])])
-    blocked = policy._seen_nodes(catalogue.trie, [[0], [3, 4, 1]])
+    blocked = policy._nodes_of(catalogue.trie, [[0], [3, 4, 1]])
     config = GenerationConfig(
         num_beams=6, num_return_sequences=3, max_new_tokens=catalogue.trie.max_depth, do_sample=False,
         length_penalty=float(normalised), early_stopping="never", eos_token_id=catalogue.terminator,
@@ -89,10 +90,8 @@ def test_beams_equal_transformers_generate_under_the_mask(world, normalised):
     )
     processor = policy.TrieLogitsProcessor(catalogue.trie, ids.shape[1], catalogue.terminator, blocked)
     out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=[processor])
-    _, scores = policy.beam_search(
-        model, catalogue, [catalogue.context([0]), catalogue.context([3, 4, 1])], 6, length_normalised=normalised,
-        seen=[[0], [3, 4, 1]],
-    )
+    search = policy.Beams(6, length_normalised=normalised)
+    [(_, scores)] = policy.beam_search(model, catalogue, [[0], [3, 4, 1]], [search])
     np.testing.assert_allclose(scores[:, :3], out.sequences_scores.view(2, 3), atol=1e-4)
 
 
@@ -123,5 +122,5 @@ def test_a_title_that_is_empty_or_holds_a_newline_is_named(title):
 def test_a_catalogue_of_one():
     model, tokenizer = backbone.tiny_model(["Heat", *policy.prompt_texts("movie", "sequence")], seed=0)
     catalogue = policy.Catalogue.build(tokenizer, ["Heat"], "movie")
-    leaves, _ = policy.beam_search(model.eval(), catalogue, [catalogue.context([])], 3)
+    [(leaves, _)] = policy.beam_search(model.eval(), catalogue, [[]], [policy.Beams(3)])
     assert leaves[0].tolist() == [0, -1, -1]

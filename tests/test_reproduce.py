@@ -15,8 +15,11 @@ def smoke(tmp_path_factory):
 def test_smoke_leaves_results_figures_and_pages(smoke):
     for name in reproduce.NOTEBOOKS:
         stem = name.removesuffix(".ipynb")
-        assert json.loads((smoke / "results" / f"{stem}.json").read_text())["provenance"]["profile"] == "smoke"
-        assert (smoke / "notebooks" / f"{stem}.html").stat().st_size > 10_000
+        source = json.loads((smoke / "results" / f"{stem}.json").read_text())["provenance"]
+        assert source["settings"]["profile"] == "smoke"
+    page = reproduce.report(smoke).read_text(encoding="utf-8")
+    assert all(f'<h1 id="{n}-' in page for n in ("01", "02", "03", "04"))
+    assert "step/s" not in page and "<img" in page
     table = reproduce.comparison(smoke)
     assert {"SFT", "Flower"} == set(table.index.get_level_values("method"))
     assert len(list((smoke / "figures").glob("*.png"))) >= 5
@@ -37,6 +40,16 @@ def test_the_same_seed_gives_the_same_results_but_for_times(smoke, tmp_path):
         assert first == second
 
 
+def test_an_override_holds_in_the_notebooks_after_it_and_an_error_is_one_sentence(tmp_path):
+    names = reproduce.NOTEBOOKS[:2]
+    folder = reproduce.reproduce("smoke", str(tmp_path), {"category": "book", "max_history": 4, "epochs": 0.2}, names)
+    for stem in ("data", "sft"):
+        chosen = json.loads((folder / stem / "settings.json").read_text())
+        assert (chosen["category"], chosen["max_history"]) == ("book", 4)
+    with pytest.raises(reproduce.NotebookError, match="02_train_sft.ipynb stopped with ValueError: the model has 2 lay"):
+        reproduce.reproduce("smoke", str(tmp_path), {"tuned_layers": 9}, names)
+
+
 def test_recommend_for_a_new_user_in_three_lines(smoke):
     items = policy.pd.read_parquet(smoke / "flower" / "items.parquet")
     history = [items.item_id[0], items.title[1]]
@@ -54,7 +67,8 @@ def test_misspelt_parameters_and_profiles_are_errors(tmp_path):
         reproduce.reproduce("smoke", str(tmp_path), {"epoch": 2})
     with pytest.raises(ValueError, match="choose one of smoke, laptop, paper"):
         reproduce.reproduce("smok", str(tmp_path), {})
-    done = subprocess.run([sys.executable, "-m", "flowerlib.reproduce", "-p", "epoch=2"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "flowerlib.reproduce", "-p", "epoch=2"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode and done.stderr.startswith("error: no notebook has a parameter 'epoch'")
 
 

@@ -1,0 +1,45 @@
+import json
+import re
+
+import nbformat
+import pytest
+
+from flowerlib import publish, reproduce, runs
+
+
+def notebook(*cells):
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source, **more) for source, more in cells])
+
+
+def test_outputs_come_over_without_noise_and_injected_parameters(tmp_path):
+    text = nbformat.v4.new_output("stream", name="stdout", text="1\n")
+    bar = nbformat.v4.new_output("stream", name="stderr", text="100%")
+    value = nbformat.v4.new_output("execute_result", data={"text/plain": "2"}, execution_count=3)
+    source, executed = tmp_path / "a.ipynb", tmp_path / "b.ipynb"
+    nbformat.write(notebook(("x = 1", {}), ("x + 1", {})), source)
+    injected = ("x = 2", {"metadata": {"tags": ["injected-parameters"]}, "execution_count": 2})
+    ran = [("x = 1", {"outputs": [text, bar]}), injected, ("x + 1", {"outputs": [value], "execution_count": 3})]
+    nbformat.write(notebook(*ran), executed)
+    publish.copy_outputs(executed, source)
+    cells = nbformat.read(source, as_version=4).cells
+    assert [cell.execution_count for cell in cells] == [1, 2]
+    assert cells[0].outputs == [text] and cells[1].outputs[0].execution_count == 2
+    nbformat.write(notebook(("x = 3", {}), ("x + 1", {})), source)
+    with pytest.raises(ValueError, match="a.ipynb has changed since"):
+        publish.copy_outputs(executed, source)
+
+
+def test_tables_by_hand(tmp_path):
+    row = {"method": "SFT", "decoding": "beam_normalised", "seen": "excluded", "mgu": 0.05, "h_bits": 7.123, "ttr": 0.1,
+           "distinct": 20.0, "ndcg@1": 0.1}
+    row |= {f"{name}{end}": v for name in ("hr@10", "ndcg@10", "dgu") for end, v in (("", 0.2), ("_lo", 0.1), ("_hi", 0.3))}
+    runs.write_results(tmp_path / "r.json", [row | {"method": "Flower"}, row], {})
+    lines = publish.comparison_table(tmp_path / "r.json").splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    assert lines[2] == ("| beam, length-normalised, excluded | SFT | 0.200 [0.100, 0.300] | 0.200 [0.100, 0.300] | "
+                        "0.200 [0.100, 0.300] | 0.050 | 7.12 | 0.100 | 20 |")
+    assert "Flower" in lines[3]
+    entry = {"seconds": 10.4, "peak_mb_so_far": 1500, "matmul_1024_seconds": 0.01}
+    runs.write_json(tmp_path / "t.json", dict.fromkeys(reproduce.NOTEBOOKS, entry))
+    assert publish.timing_table(tmp_path / "t.json").splitlines()[-1] == "| **together** | **42** | peak memory 1.5 GB |"
+    assert publish.between("a\n<!-- x -->\nold\n<!-- /x -->\nb", "x", "new") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
