@@ -6,6 +6,7 @@ import argparse
 import ast
 import hashlib
 import json
+import logging
 import os
 import resource
 import sys
@@ -107,6 +108,8 @@ def _code(notebook: Path) -> bytes:
 
 def _run(name: str, given: Mapping[str, Any], folder: Path) -> None:
     import papermill
+
+    logging.getLogger("papermill").addHandler(logging.NullHandler())  # the streams below show it already
 
     done = folder / "notebooks" / name
     done.parent.mkdir(parents=True, exist_ok=True)

@@ -7,11 +7,6 @@ import pytest
 from flowerlib import policy, reproduce, runs
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    return reproduce.reproduce("smoke", str(tmp_path_factory.mktemp("runs") / "smoke"), {})
-
-
 def test_smoke_leaves_results_figures_and_pages(smoke):
     for name in reproduce.NOTEBOOKS:
         stem = name.removesuffix(".ipynb")
