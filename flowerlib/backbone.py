@@ -17,20 +17,19 @@ from . import assets
 from .runs import Settings, seed_everything
 
 
-def load_backbone(chosen: Settings, texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load_backbone(chosen: Settings, texts: Sequence[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Model (float32) and tokenizer of a run, before training, cut as the settings ask.
 
     Args:
-        chosen: model, frozen_layers, tuned_layers and cut_vocabulary are used.
+        chosen: model, frozen_layers, tuned_layers, cut_vocabulary and seed are used.
         texts: everything that the model will read or write (titles, prompt); cut_vocabulary keeps its tokens.
-        seed: of the "tiny" model's random weights.
 
     Raises:
         OSError: the model is neither a folder nor a known hub id, or cannot be fetched (transformers' own message).
         ValueError: more layers asked for than there are.
     """
     if chosen.model == "tiny":
-        model, tokenizer = tiny_model(texts, seed)
+        model, tokenizer = tiny_model(texts, chosen.seed)
     else:
         path = assets.smollm2() if chosen.model == "smollm2-135m" else chosen.model
         tokenizer = AutoTokenizer.from_pretrained(path)

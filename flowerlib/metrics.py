@@ -170,8 +170,9 @@ def evaluate(
     Keys: hr@k and ndcg@k for every k, dgu, mgu, average_popularity, h_bits, ttr, distinct, coverage, gini.
 
     Two kinds of interval. Users are resampled with replacement, and the percentiles taken, for accuracy, fairness and
-    popularity, whose value does not depend on how many users there are. The DIVERSITY metrics do: a resample holds
-    some 63% of the users, hence fewer titles and words, and its percentiles lie wholly beside the value. Theirs is
+    popularity. DGU and MGU are distances, so that few users alone keep them above 0: even perfectly fair slots score
+    more than 0, and the interval of a nearly fair method lies too high. The DIVERSITY metrics grow with the number of
+    users: a resample holds some 63% of the users, hence fewer titles and words, and its percentiles lie wholly beside the value. Theirs is
     the jackknife: value +- 1.96 standard errors from leaving out one user at a time, for the value that another U
     users would give; it errs towards too wide (Efron and Stein 1981). So compare diversity at equal U only.
 

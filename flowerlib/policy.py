@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM, AutoTokenizer, Cache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerFast,
 )
 
+from . import runs
 from .trie import TitleTrie, segment_logsumexp
 
 
@@ -113,6 +114,11 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Te
     return ids, (torch.arange(width) >= width - lengths[:, None]).long()
 
 
+def positions(attention_mask: Tensor) -> Tensor:
+    """(B, T) positions that count from each row's first real token."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
 @torch.no_grad()
 def sample_leaves(
     model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, attention_mask: Tensor, temperature: float = 1.0
@@ -128,7 +134,7 @@ def sample_leaves(
         (B,) leaf nodes.
     """
     nodes = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
-    position = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    position = positions(attention_mask)
     cache = None
     for _ in range(trie.max_depth):
         out = model(
@@ -151,7 +157,9 @@ def sample_leaves(
 
 
 class TrieLogitsProcessor(LogitsProcessor):
-    """Masks every token that does not continue a title; where nothing does, it allows the terminator alone.
+    """Masks every token that does not continue a title, for transformers' `generate`.
+
+    Where nothing continues it allows ⊤ alone: give `generate` eos_token_id=terminator, so that a title's end is its.
 
     Args:
         prompt_length: columns of input_ids that hold the prompt.
@@ -206,7 +214,7 @@ def beam_search(
 
     A prompt's beams are one packed sequence behind its key-value cache: the prompt is computed and stored once, and
     no cache is copied when beams change places. `TrieLogitsProcessor` does the same search through transformers'
-    `generate`, at the price of a copy of the prompt and its cache per beam.
+    `generate`, at the price of a copy of the prompt and its cache per beam, and is its reference in the tests.
 
     Args:
         histories: item positions, oldest first, that the prompts tell; may be empty.
@@ -242,7 +250,7 @@ class _Prompt:
 
 def _read(model: PreTrainedModel, contexts: Sequence[Sequence[int]]) -> _Prompt:
     input_ids, mask = (x.to(model.device) for x in left_padded(contexts))
-    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    position = positions(mask)
     out = model(input_ids=input_ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
     return _Prompt(mask.bool(), position, out.logits, out.past_key_values)
 
@@ -325,12 +333,12 @@ def load_run(run: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast,
     """Model, tokenizer and catalogue of a finished run, such as runs/laptop/flower; kept until the run changes.
 
     Raises:
-        FileNotFoundError: the folder holds no finished run.
+        FileNotFoundError: the folder holds no finished run. A relative path counts from the project's root.
     """
-    mark = Path(run) / "settings.json"  # written last
+    mark = runs.ROOT / run / "settings.json"  # written last
     if not mark.exists():
-        raise FileNotFoundError(f"{run} holds no finished run (no {mark.name}): run notebook 02 or 03 first")
-    return _load_run(Path(run).resolve(), mark.stat().st_mtime_ns)
+        raise FileNotFoundError(f"{mark.parent} holds no finished run: run notebook 02 or 03 first")
+    return _load_run(mark.parent, mark.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=2)
@@ -344,29 +352,34 @@ def _load_run(run: Path, _written: int) -> tuple[PreTrainedModel, PreTrainedToke
 
 
 def recommend(run: str | Path, history: Sequence[Any], k: int = 10) -> pd.DataFrame:
-    """The k best titles for one new user, best first, none of them seen.
+    """The k best titles for one new user, best first, none of them seen. Searched with the run's number of beams.
 
     Args:
-        run: folder of a finished run, such as runs/laptop/flower.
+        run: folder of a finished run, such as runs/laptop/flower; a relative path counts from the project's root.
         history: item ids as in its items.parquet, or titles, oldest first; may be empty.
 
     Returns:
         Columns item_id, title, score (Σ log π in nats).
 
     Raises:
-        FileNotFoundError: no finished run there. ValueError: an entry of the history is unknown.
+        FileNotFoundError: no finished run there. ValueError: an entry of the history is unknown, or k is below 1.
     """
+    if k < 1:
+        raise ValueError(f"k is {k}: ask for one title at least")
     model, _, catalogue = load_run(run)
-    items = pd.read_parquet(Path(run) / "items.parquet")
+    folder = runs.ROOT / run
+    items = pd.read_parquet(folder / "items.parquet")
     by_id, by_title = pd.Index(items.item_id), pd.Series(items.index, items.title).groupby(level=0).first()
     places = []
     for entry in history:
         place = by_id.get_indexer([entry])[0]
         if place < 0 and entry not in by_title:
-            raise ValueError(f"{entry!r} is neither an item id nor a title of {Path(run) / 'items.parquet'}")
+            raise ValueError(f"{entry!r} is neither an item id nor a title of {folder / 'items.parquet'}")
         places.append(int(place) if place >= 0 else int(by_title[entry]))
-    max_history = json.loads((Path(run) / "settings.json").read_text(encoding="utf-8"))["max_history"]
-    [(leaves, scores)] = beam_search(model, catalogue, [places[-max_history:]], [Beams(k)], seen=[places])
+    chosen = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    beams = Beams(max(k, chosen["n_beams"]))
+    [(leaves, scores)] = beam_search(model, catalogue, [places[-chosen["max_history"] :]], [beams], seen=[places])
+    leaves, scores = leaves[0, :k], scores[0, :k]
     first = {leaf: item for item, leaf in reversed(list(enumerate(catalogue.trie.item_leaf.tolist())))}
-    found = [first[leaf] for leaf in leaves[0] if leaf >= 0]
-    return items.iloc[found].reset_index(drop=True).assign(score=scores[0][: len(found)])
+    found = [first[leaf] for leaf in leaves if leaf >= 0]
+    return items.iloc[found].reset_index(drop=True).assign(score=scores[: len(found)])

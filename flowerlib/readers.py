@@ -74,6 +74,7 @@ def read_recbole(folder: str | Path) -> Dataset:
     title = next((c for c in ("movie_title", "title", "item_title", "name") if c in items), None)
     if title is None:
         raise ValueError(f"{item} has no title column: name one movie_title:token_seq or title:token_seq")
+    items = items.drop(columns="title", errors="ignore") if title != "title" else items
     items = items.rename(columns={title: "title", "release_year": "year"})
     return _dataset(items, _read_table(inter, "\t"), item, inter, films=title == "movie_title")
 
@@ -213,6 +214,8 @@ def _dataset(items: pd.DataFrame, interactions: pd.DataFrame, item: Path, inter:
     """Checked and cleaned (items, interactions) from cells as strings, indexed by line number."""
     for path, table, names in ((item, items, ["item_id", "title"]), (inter, interactions, INTERACTION)):
         for name in names:
+            if list(table.columns).count(name) > 1:
+                raise ValueError(f"{path} has two columns {name}: rename one")
             if name not in table:
                 raise ValueError(f"{path} has no column {name}: it has {', '.join(table.columns)}")
             if name != "title":
@@ -224,11 +227,12 @@ def _dataset(items: pd.DataFrame, interactions: pd.DataFrame, item: Path, inter:
     interactions, at = interactions[INTERACTION].copy(), f"{inter}, line"
     refuse(~interactions.item_id.isin(items.item_id), at, f"item {{}} is not in {item.name}", interactions.item_id)
     times = pd.to_numeric(interactions.timestamp, errors="coerce")
-    refuse(~np.isfinite(times), at, "timestamp {} is no number", interactions.timestamp)
+    refuse(~(times.abs() < 2**62), at, "timestamp {} is no number of seconds", interactions.timestamp)
     interactions["timestamp"] = times.astype(np.int64)
     if films:
+        nameless = titles.str.casefold().isin(("unknown", "unkonwn"))
         titles = _movie_titles(titles, items.year if "year" in items else pd.Series("", items.index, dtype=str))
-        for name in items.item_id[titles.str.casefold().isin(("unknown", "unkonwn"))]:
+        for name in items.item_id[nameless]:
             rated = interactions.item_id == name
             print(f"dropped item {name}, of unknown title, and its {rated.sum()} ratings")
             items, interactions = items[items.item_id != name], interactions[~rated]

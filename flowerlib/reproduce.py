@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,11 @@ import nbformat
 import pandas as pd
 
 from . import runs
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 NOTEBOOKS = (
     "01_prepare_the_data.ipynb", "02_train_sft.ipynb", "03_train_flower.ipynb", "04_bias_and_diversity.ipynb",
@@ -47,27 +51,40 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
         ValueError: unknown profile, or a parameter that no notebook has.
         NotebookError: a notebook stopped with an error.
     """
-    if profile not in runs.PROFILES:
-        runs.settings(profile)
+    runs.settings(profile)
     known = {name: parameters(FOLDER / name) for name in only}
     for key in overrides:
-        if not any(key in names for names in known.values()):
-            everything = sorted({name for names in known.values() for name in names})
+        if key in ("PROFILE", "OUT") or not any(key in names for names in known.values()):
+            everything = sorted({name for names in known.values() for name in names} - {"PROFILE", "OUT"})
             raise ValueError(f"no notebook has a parameter {key!r}: there are {', '.join(everything)}")
     folder = runs.output_dir(profile, out)
-    chain = _hash(*(path.read_bytes() for path in sorted((runs.ROOT / "flowerlib").glob("*.py"))))
+    chosen = runs.settings(profile, **overrides)
+    chain = _hash(runs.code_digest(), *(_state(path) for path in (chosen.data_path, chosen.model) if path))
     for name in only:
         given = {"PROFILE": profile, "OUT": str(folder)} | {k: v for k, v in overrides.items() if k in known[name]}
-        chain = _hash(chain.encode(), json.dumps(given, sort_keys=True).encode(), _code(FOLDER / name))
+        chain = _hash(chain, json.dumps(given, sort_keys=True), _code(FOLDER / name))
         stamp = folder / "notebooks" / f"{Path(name).stem}.done"
-        if stamp.exists() and stamp.read_text() == chain:
+        if stamp.exists() and stamp.read_text() == _hash(chain, _outputs(folder, name)):
             print(f"{name}: unchanged since its last complete run, skipped", flush=True)
             continue
         stamp.unlink(missing_ok=True)
         print(f"\n{name}", flush=True)
         _run(name, given, folder)
-        stamp.write_text(chain)
+        stamp.write_text(_hash(chain, _outputs(folder, name)))
     return folder
+
+
+def _state(path: str) -> str:
+    """What tells whether the files in a folder have changed: names, sizes and times; nothing for what is no folder."""
+    files = sorted((runs.ROOT / Path(path).expanduser()).glob("*"))
+    return repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+
+
+def _outputs(folder: Path, name: str) -> str:
+    """What a notebook left: its results and, of 01 to 03, the mark of the finished step; "" where they are missing."""
+    paths = [folder / "results" / f"{Path(name).stem}.json", folder / "notebooks" / name]
+    paths += [folder / step / "settings.json" for step, notebook in runs.STEPS.items() if notebook == name]
+    return _hash(*(path.read_text(encoding="utf-8") if path.exists() else "" for path in paths))
 
 
 def report(folder: Path, names: Sequence[str] = NOTEBOOKS) -> Path:
@@ -97,17 +114,18 @@ def is_noise(output: Mapping[str, Any]) -> bool:
     return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
-def _hash(*parts: bytes) -> str:
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _code(notebook: Path) -> bytes:
+def _code(notebook: Path) -> str:
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return json.dumps([c["source"] for c in cells if c["cell_type"] == "code"]).encode()
+    return json.dumps([c["source"] for c in cells if c["cell_type"] == "code"])
 
 
 def _run(name: str, given: Mapping[str, Any], folder: Path) -> None:
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     logging.getLogger("papermill").addHandler(logging.NullHandler())  # the streams below show it already
 
@@ -121,13 +139,15 @@ def _run(name: str, given: Mapping[str, Any], folder: Path) -> None:
         )
     except papermill.PapermillExecutionError as error:
         raise NotebookError(f"{name} stopped with {error.ename}: {error.evalue} (see {done})") from None
+    except DeadKernelError:
+        raise NotebookError(f"{name} died without a word, as it does when memory or the disk is full") from None
     seconds = time.perf_counter() - start
     path = folder / "timings.json"
     timings = json.loads(path.read_text()) if path.exists() else {}
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**(2 if sys.platform == "darwin" else 1)
-    timings[name] = {
-        "seconds": round(seconds, 1), "peak_mb_so_far": round(peak), "matmul_1024_seconds": runs.matmul_seconds(),
-    }
+    timings[name] = {"seconds": round(seconds, 1), "matmul_1024_seconds": runs.matmul_seconds()}
+    if resource:
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**(2 if sys.platform == "darwin" else 1)
+        timings[name]["peak_mb_so_far"] = round(peak)
     runs.write_json(path, timings)
     print(f"{name}: {seconds:.0f} s", flush=True)
 
@@ -140,7 +160,8 @@ def comparison(folder: Path) -> pd.DataFrame:
     return rows.set_index(["seen", "decoding", "method"]).sort_index(ascending=False)[figures].round(3)
 
 
-def _literal(text: str) -> tuple[str, Any]:
+def literal(text: str) -> tuple[str, Any]:
+    """NAME=VALUE of the command line as name and Python literal; what is no literal stays text."""
     name, _, value = text.partition("=")
     try:
         return name, ast.literal_eval(value)
@@ -152,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="laptop", help=f"one of {', '.join(runs.PROFILES)}")
     parser.add_argument("--out", help="folder of the run (default: runs/<profile>)")
-    parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", type=_literal,
+    parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", type=literal,
                         help="a notebook parameter, as often as needed")
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -21,9 +22,12 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 
-METHODS = ("SFT", "Flower")
-DECODINGS = ("beam", "beam_normalised")
+METHODS = ("Popularity", "SFT", "Flower")
+DECODINGS = ("top", "beam", "beam_normalised")  # top: the highest scores of the whole catalogue
 SEEN = ("excluded", "allowed")
+STEPS = {  # folder that holds a step's settings.json → the notebook that writes it
+    "data": "01_prepare_the_data.ipynb", "sft": "02_train_sft.ipynb", "flower": "03_train_flower.ipynb",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Settings:
     """Every setting of a run. `PROFILES` gives the values; a notebook parameter may replace any but the first."""
 
     profile: str = "laptop"
+    seed: int = 0  # of everything random
     # data (notebook 01)
     dataset: str = "movielens-100k"  # "movielens-100k", or the name to print for the data under data_path
     data_path: str = ""  # folder with the user's own data; "" fetches MovieLens-100K
@@ -49,6 +54,7 @@ class Settings:
     rows: str = "sequence"  # "sequence": every title of a user is a target; "target": one target per prompt
     learning_rate: float = 1e-3
     batch_size: int = 8  # rows a step
+    device_batch: int = 8  # rows that a device takes at a time; gradients add up to batch_size
     epochs: float = 1.0
     evaluations: int = 4  # validations (and checkpoints) during training
     validation_rows: int = 256  # rows of valid.parquet that choose the checkpoint (0: all)
@@ -63,6 +69,29 @@ class Settings:
     test_rows: int = 300  # test rows to recommend for (0: all)
     decode_batch: int = 16  # prompts decoded at a time
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where a value is out of its range."""
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        for f in fields(self):
+            value, (low, high) = getattr(self, f.name), _RANGES.get(f.name, (0, math.inf))
+            if f.type in ("int", "float") and not low <= value <= high:
+                raise ValueError(f"{f.name} is {value}: it must lie between {low} and {high}")
+        if self.epochs <= 0 or math.isinf(self.alpha):
+            raise ValueError(f"epochs is {self.epochs} and alpha {self.alpha}: the first must be positive, both finite")
+        if self.tuned_layers and not self.frozen_layers:
+            raise ValueError("tuned_layers without frozen_layers would throw the lower layers away: set both or neither")
+
+
+_CHOICES = {
+    "split": ("leave-one-out", "time"), "rows": ("sequence", "target"), "counts": ("true", "windowed"),
+    "paths": ("logged", "reward", "policy"),
+}
+_RANGES = {  # all other numbers are 0 or more
+    "max_history": (1, math.inf), "batch_size": (1, math.inf), "device_batch": (1, math.inf), "alpha": (-math.inf, math.inf),
+    "evaluations": (1, math.inf), "theta": (0, 1), "lam": (0, 1), "n_beams": (1, math.inf), "decode_batch": (1, math.inf),
+}
 
 PROFILES: dict[str, Settings] = {
     "smoke": Settings(
@@ -111,8 +140,8 @@ def settings(profile: str, after: str | Path | None = None, **overrides: Any) ->
 def _read_settings(path: Path, profile: str) -> Settings:
     try:
         base = Settings(**json.loads(path.read_text(encoding="utf-8")))
-    except TypeError:
-        raise ValueError(f"{path} comes from another version of this project: start again at notebook 01") from None
+    except (TypeError, json.JSONDecodeError):
+        raise ValueError(f"{path} is damaged or of another version of this project: start at notebook 01") from None
     if base.profile != profile:
         raise ValueError(f"{path.parent} was made with PROFILE {base.profile!r}, not {profile!r}: give another OUT")
     return base
@@ -124,22 +153,34 @@ def write_settings(folder: str | Path, chosen: Settings) -> None:
 
 
 def output_dir(profile: str, out: str | None) -> Path:
-    """The folder of a run: `out`, or runs/<profile>; a relative path counts from the project's root."""
+    """The folder of a run: `out`, or runs/<profile>; a relative path counts from the project's root.
+
+    Raises:
+        ValueError: unknown profile.
+    """
+    settings(profile)
     path = ROOT / (out or f"runs/{profile}")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def require(path: str | Path, notebook: str) -> Path:
-    """`path` if it exists.
+def require(out: Path, step: str) -> Path:
+    """The folder of a finished step ("data", "sft" or "flower") of a run.
 
     Raises:
-        FileNotFoundError: it does not; the message names the notebook that writes it.
+        FileNotFoundError: it has not come to its end; the message names the notebook to run.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run notebooks/{notebook} with the same PROFILE and OUT first")
-    return path
+    if not (out / step / "settings.json").exists():
+        raise FileNotFoundError(f"{out / step} is not there: run notebooks/{STEPS[step]} with this PROFILE and OUT first")
+    return out / step
+
+
+def begin(out: Path, step: str) -> Path:
+    """The folder of a step that begins anew: it and the steps after it count as unfinished until they end again."""
+    names = list(STEPS)
+    for name in names[names.index(step) :]:
+        (out / name / "settings.json").unlink(missing_ok=True)
+    return out / step
 
 
 @contextmanager
@@ -180,6 +221,14 @@ def matmul_seconds(n: int = 1024, repeats: int = 5) -> float:
     return float(np.median(times))
 
 
+def code_digest() -> str:
+    """A name for the library's code as it is: what was made by other code is made again."""
+    sha = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        sha.update(path.read_bytes())
+    return sha.hexdigest()
+
+
 def _commit() -> str:
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -190,13 +239,12 @@ def _commit() -> str:
         return "unknown"
 
 
-def provenance(chosen: Settings, seed: int, seconds: float) -> dict[str, Any]:
-    """Where a result comes from: settings (the profile among them), seed, package versions, machine, commit, times."""
+def provenance(chosen: Settings, seconds: float) -> dict[str, Any]:
+    """Where a result comes from: settings (profile and seed among them), package versions, machine, commit, times."""
     import torch
 
     packages = ("torch", "transformers", "peft", "accelerate", "numpy", "pandas")
     return {
-        "seed": seed,
         "settings": asdict(chosen),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

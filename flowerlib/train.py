@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from . import data, runs
 from .backbone import split_layers
 from .losses import sft_loss, subtb_loss
-from .policy import Catalogue, left_padded, sample_leaves
+from .policy import Catalogue, left_padded, positions, sample_leaves
 from .runs import Settings
 from .trie import TitleTrie
 
@@ -68,12 +69,16 @@ class Rows(Dataset):
 
         The file is folder/<name>-<digest>.npy; one of other rows or weights is replaced.
         """
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}-{self.digest(*trunk.parameters())}.npy"
         if not path.exists():
             for stale in folder.glob(f"{name}-*.npy"):
                 stale.unlink()
+            shape = (int(self.start[-1]), trunk.config.hidden_size)
+            needed, free = 2 * shape[0] * shape[1], shutil.disk_usage(folder).free
+            if needed > free:  # a memory-mapped file that outgrows the disk would kill the process
+                raise OSError(f"{folder} needs {needed >> 20:,} MB and the disk has {free >> 20:,} MB free: make room")
             with runs.atomic(path) as new:
-                shape = (int(self.start[-1]), trunk.config.hidden_size)
                 out = np.lib.format.open_memmap(new, mode="w+", dtype=np.float16, shape=shape)
                 order = sorted(range(len(self)), key=lambda i: -len(self.input_ids[i]))
                 for first in tqdm(range(0, len(order), batch_size), desc="frozen layers, once", unit="batch"):
@@ -91,11 +96,6 @@ class Rows(Dataset):
         if not torch.isfinite(states[mask.bool()]).all():
             raise ValueError("the frozen layers' output leaves float16's range: set frozen_layers to 0")
         return [row[-len(self.input_ids[i]) :] for i, row in zip(batch, states.numpy(force=True))]
-
-
-def positions(attention_mask: Tensor) -> Tensor:
-    """(B, T) positions that count from each row's first real token."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def make_rows(catalogue: Catalogue, histories: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Rows:
@@ -130,6 +130,13 @@ def training_rows(catalogue: Catalogue, tables: data.Tables, chosen: Settings) -
         for first, stop in zip(start[:-1], start[1:]) for i in range(first, stop, chosen.max_history)
     ]
     return make_rows(catalogue, [[]] * len(windows), windows)
+
+
+def validation_rows(catalogue: Catalogue, tables: data.Tables, chosen: Settings) -> Rows:
+    """Rows of valid.parquet, one target each; `chosen.validation_rows` of them, drawn by the seed."""
+    histories, targets = data.row_positions(tables, tables.valid)
+    keep = np.random.default_rng(chosen.seed).permutation(len(targets))[: chosen.validation_rows or None]
+    return make_rows(catalogue, [histories[i] for i in keep], [[targets[i]] for i in keep])
 
 
 def collate(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
@@ -273,79 +280,106 @@ class FlowerTrainer(Trainer):
 
 def train(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, catalogue: Catalogue, tables: data.Tables,
-    log_item_rewards: Tensor, chosen: Settings, folder: Path, cache: Path, seed: int, theta: float,
+    chosen: Settings, folder: Path, cache: Path, log_item_rewards: Tensor | None = None,
 ) -> pd.DataFrame:
     """Tunes `model` in place and saves it, with tokenizer, items and settings, under `folder`, ready for `recommend`.
 
-    The checkpoint of the lowest validation loss is kept. A killed run resumes from its last checkpoint if the
-    settings are the same.
+    The checkpoint of the lowest validation loss is kept. A killed run resumes from its last checkpoint, and a finished
+    one is taken as it is, if settings, rows, rewards, first weights and code are the same.
 
     Args:
         cache: folder in which the frozen layers' output is kept, shared by the runs on one backbone.
-        theta: 1 for SFT, chosen.theta for Flower.
-
-    Raises:
-        ValueError: a title or a row is longer than the model's context; sampled paths behind frozen layers.
+        log_item_rewards: (n_items,) log R in nats for Flower; None is SFT.
 
     Returns:
         The log: columns step, loss, kind ("train" or "validation"), sft and flow (nats per token, nats²).
+
+    Raises:
+        ValueError: a title or a row is longer than the model's context; sampled paths behind frozen layers; a reward
+            that is not positive.
     """
+    theta = 1.0 if log_item_rewards is None else chosen.theta
     if chosen.frozen_layers and chosen.paths != "logged" and theta < 1:
-        raise ValueError("paths other than logged need every layer at hand: set frozen_layers to 0")
-    rows = training_rows(catalogue, tables, chosen)
-    histories, targets = data.row_positions(tables, tables.valid)
-    keep = np.random.default_rng(seed).permutation(len(targets))[: chosen.validation_rows or None]
-    valid = make_rows(catalogue, [histories[i] for i in keep], [[targets[i]] for i in keep])
-    _check_lengths(model, catalogue, rows)
-    total = max(1, round(chosen.epochs * len(rows) / chosen.batch_size))
+        raise ValueError("paths that are drawn need every layer at hand: set frozen_layers and tuned_layers to 0 in 02")
+    rows, valid = training_rows(catalogue, tables, chosen), validation_rows(catalogue, tables, chosen)
+    _check_lengths(model, catalogue, (rows, valid))
+    log_item_rewards = torch.zeros(catalogue.trie.n_items) if log_item_rewards is None else log_item_rewards
+    plan = {
+        "settings": asdict(chosen), "theta": theta, "code": runs.code_digest(), "valid": valid.digest(),
+        "train": rows.digest(log_item_rewards, *model.parameters()),
+    }
+    finished = _finished(model, folder, plan)
+    if finished is not None:
+        runs.write_settings(folder, chosen)
+        return finished
+    runs.seed_everything(chosen.seed)
     checkpoints = folder / "checkpoints"
-    arguments = _arguments(chosen, checkpoints, total, seed)
+    arguments = _arguments(chosen, checkpoints, len(rows))
     tuned = model.to(arguments.device)
-    if chosen.frozen_layers:
-        trunk, tuned = split_layers(model, chosen.frozen_layers)
-        rows.run_trunk(trunk, cache, "train")
-        valid.run_trunk(trunk, cache, "valid")
+    with arguments.main_process_first():  # where several processes train
+        last = _last_checkpoint(checkpoints, plan)
+        if chosen.frozen_layers:
+            trunk, tuned = split_layers(model, chosen.frozen_layers)
+            tuned.get_input_embeddings().requires_grad_(False)
+            rows.run_trunk(trunk, cache, "train")
+            valid.run_trunk(trunk, cache, "valid")
     if chosen.lora_rank:
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=chosen.lora_rank, lora_alpha=2 * chosen.lora_rank, target_modules=LORA_TARGETS)
         tuned = get_peft_model(tuned, config)
-    elif chosen.frozen_layers:
-        tuned.get_input_embeddings().requires_grad_(False)
-    plan = {"settings": asdict(chosen), "seed": seed, "theta": theta, "rows": rows.digest()}
-    last = _last_checkpoint(checkpoints, plan)
-    runs.seed_everything(seed)
     logging.set_verbosity_error()
     trainer = FlowerTrainer(
-        tuned, arguments, train_dataset=rows, eval_dataset=valid,
-        trie=catalogue.trie, theta=theta, lam=chosen.lam, paths=chosen.paths,
-        log_token_rewards=catalogue.trie.log_token_rewards(log_item_rewards), callbacks=[_OneBar()],
+        tuned, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[_OneBar()], trie=catalogue.trie,
+        log_token_rewards=catalogue.trie.log_token_rewards(log_item_rewards), theta=theta, lam=chosen.lam,
+        paths=chosen.paths,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last)
     if chosen.lora_rank:
         tuned.merge_and_unload()
+    log = _log_table(trainer.state.log_history)
+    if trainer.is_world_process_zero():
+        _save(model, tokenizer, tables, log, chosen, plan, folder)
+    trainer.accelerator.wait_for_everyone()
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return log
+
+
+def _save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tables: data.Tables, log: pd.DataFrame,
+    chosen: Settings, plan: dict[str, Any], folder: Path,
+) -> None:
+    (folder / "plan.json").unlink(missing_ok=True)
     with runs.atomic(folder / "model") as new:
         model.eval().save_pretrained(new)
         tokenizer.save_pretrained(new)
     tables.items.to_parquet(folder / "items.parquet", index=False)
+    log.to_json(folder / "log.json", orient="records")
+    runs.write_json(folder / "plan.json", plan)
     runs.write_settings(folder, chosen)
-    shutil.rmtree(checkpoints)
-    return _log_table(trainer.state.log_history)
 
 
-def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, rows: Rows) -> None:
+def _finished(model: PreTrainedModel, folder: Path, plan: dict[str, Any]) -> pd.DataFrame | None:
+    """The log of a training that has come to its end by the same plan, its weights loaded into `model`, or None."""
+    if not (folder / "plan.json").exists() or json.loads((folder / "plan.json").read_text()) != plan:
+        return None
+    print(f"{folder.name}: trained already with these settings and this code, taken as it is")
+    model.load_state_dict(type(model).from_pretrained(folder / "model", dtype=torch.float32).state_dict())
+    return pd.read_json(folder / "log.json", orient="records")
+
+
+def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, parts: Sequence[Rows]) -> None:
     """Refuses a title or a row that is longer than the model's context."""
     limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     lengths = [len(sequence) for sequence in catalogue.sequences]
     item = int(np.argmax(lengths))
-    prompt = len(catalogue.context([]))
-    if prompt + lengths[item] > limit:
+    if len(catalogue.context([])) + lengths[item] > limit:
         raise ValueError(
             f"item {item}, {catalogue.titles[item][:60]!r}, has {lengths[item]} tokens; prompt and title together may "
             f"have {limit}: shorten the title"
         )
-    longest = max(len(ids) for ids in rows.input_ids) + catalogue.trie.max_depth
+    longest = max(len(ids) for rows in parts for ids in rows.input_ids) + catalogue.trie.max_depth
     if longest > limit:
         raise ValueError(f"a row may grow to {longest} tokens and the model reads {limit}: lower max_history")
 
@@ -361,15 +395,20 @@ def _last_checkpoint(folder: Path, plan: dict[str, Any]) -> str | None:
     return get_last_checkpoint(folder)
 
 
-def _arguments(chosen: Settings, folder: Path, total: int, seed: int) -> TrainingArguments:
+def _arguments(chosen: Settings, folder: Path, n_rows: int) -> TrainingArguments:
+    total = max(1, round(chosen.epochs * n_rows / chosen.batch_size))
     every = -(-total // chosen.evaluations)
+    at_a_time = min(chosen.batch_size, chosen.device_batch)
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # set by `accelerate launch`
     return TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=chosen.batch_size,
-        per_device_eval_batch_size=2 * chosen.batch_size, learning_rate=chosen.learning_rate,
+        output_dir=str(folder), per_device_train_batch_size=at_a_time, per_device_eval_batch_size=2 * at_a_time,
+        gradient_accumulation_steps=max(1, chosen.batch_size // (at_a_time * processes)),
+        learning_rate=chosen.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=total // 20, max_steps=total, eval_strategy="steps",
         eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2, load_best_model_at_end=True,
-        metric_for_best_model="eval_loss", logging_steps=max(1, total // 50), report_to="none", seed=seed,
+        metric_for_best_model="eval_loss", logging_steps=max(1, total // 50), report_to="none", seed=chosen.seed,
         remove_unused_columns=False, label_names=["nodes"], prediction_loss_only=True, disable_tqdm=True,
+        train_sampling_strategy="group_by_length",  # a fifth less padding
         bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(), max_grad_norm=1.0,
     )
 

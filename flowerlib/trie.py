@@ -132,11 +132,18 @@ class TitleTrie:
         return torch.cat(levels[::-1], -1)
 
     def log_token_rewards(self, log_item_rewards: Tensor) -> Tensor:
-        """log r(parent → s) = log F(s) − log F(parent) in nats, 0 at the root. Shapes and errors as in `log_flows`.
+        """log r(parent → s) = log F(s) − log F(parent) in nats, 0 at the root. Shapes as in `log_flows`.
 
         Along a title they add up to log R(i)/Z (with equal titles: of the leaf), so a policy equal to r draws
         items in proportion to reward.
+
+        Raises:
+            ValueError: as `log_flows`, or a reward is zero, infinite or NaN; the message names the item.
         """
+        wrong = ~torch.isfinite(log_item_rewards.detach())
+        if wrong.any():
+            index = tuple(wrong.nonzero()[0].tolist())
+            raise ValueError(f"the log reward of item {index[-1]} is {log_item_rewards[index]:g}: rewards must be positive")
         flows = self.log_flows(log_item_rewards)
         return flows - flows[..., self.parent.clamp(min=0)]
 

@@ -134,6 +134,20 @@ def test_films_lose_their_year_but_remakes_keep_it_and_unknown_goes(tmp_path, ca
     assert capsys.readouterr().out == "dropped item 5, of unknown title, and its 1 ratings\n"
 
 
+def test_a_film_that_is_called_unknown_with_its_year_stays(tmp_path, capsys):
+    put(tmp_path / "movies.csv", "movieId,title,genres\n1,Unknown (2011),x\n2,Heat (1995),x\n")
+    put(tmp_path / "ratings.csv", "userId,movieId,rating,timestamp\n1,1,5,3\n")
+    assert readers.read_movielens(tmp_path)[0].title.tolist() == ["Unknown", "Heat"]
+    assert capsys.readouterr().out == ""
+
+
+def test_recbole_with_two_title_columns_takes_the_films(tmp_path):
+    item = "item_id:token\tmovie_title:token_seq\ttitle:token_seq\n10\tToy Story\tx\n20\tHeat\ty\n"
+    assert readers.read_recbole(recbole(tmp_path, item=item))[0].title.tolist() == ["Toy Story", "Heat"]
+    with pytest.raises(ValueError, match="has two columns item_id"):
+        readers.read_recbole(recbole(tmp_path, item="item_id:token\titem_id:token\ttitle:token_seq\n1\t1\tx\n"))
+
+
 # --- bad input ---
 
 
@@ -152,7 +166,7 @@ def test_films_lose_their_year_but_remakes_keep_it_and_unknown_goes(tmp_path, ca
         ({"item": HEAD + "10\tToy\n20\tHeat\n10\tToo\n"}, r"a\.item, line 4: item_id '10' stands there twice"),
         ({"inter": "user_id:token\titem_id:token\n1\t10\n"}, r"a\.inter has no column timestamp"),
         ({"inter": RATES + "1\t10\t5\n1\t30\t6\n"}, r"a\.inter, line 3: item '30' is not in a\.item"),
-        ({"inter": RATES + "1\t10\t5\n1\t20\tsoon\n"}, r"a\.inter, line 3: timestamp 'soon' is no number"),
+        ({"inter": RATES + "1\t10\t5\n1\t20\tsoon\n"}, r"a\.inter, line 3: timestamp 'soon' is no number of seconds"),
         ({"inter": RATES + "1\t10\t5\n1\t20\tnan\n"}, r"a\.inter, line 3: timestamp 'nan' is no number"),
         ({"inter": RATES + "1\t10\t5\n\t20\t6\n"}, r"a\.inter, line 3: the user_id is empty"),
         ({"inter": RATES + "1\t10\t5\n1\t2"}, r"a\.inter, line 3: 2 fields instead of 3"),  # truncated

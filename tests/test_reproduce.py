@@ -1,10 +1,12 @@
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
-from flowerlib import policy, reproduce, runs
+from flowerlib import launch, policy, reproduce, runs
 
 
 def test_smoke_leaves_results_figures_and_pages(smoke):
@@ -16,7 +18,7 @@ def test_smoke_leaves_results_figures_and_pages(smoke):
     assert all(f'<h1 id="{n}-' in page for n in ("01", "02", "03", "04"))
     assert "step/s" not in page and "<img" in page
     table = reproduce.comparison(smoke)
-    assert {"SFT", "Flower"} == set(table.index.get_level_values("method"))
+    assert set(runs.METHODS) == set(table.index.get_level_values("method"))
     assert len(list((smoke / "figures").glob("*.png"))) >= 5
 
 
@@ -51,6 +53,9 @@ def test_recommend_for_a_new_user_in_three_lines(smoke):
     found = policy.recommend(smoke / "flower", history, k=5)
     assert len(found) == 5 and found.score.is_monotonic_decreasing
     assert not set(found.title) & set(items.title[:2])
+    assert found.head(1).equals(policy.recommend(smoke / "flower", history, k=1))
+    with pytest.raises(ValueError, match="k is 0"):
+        policy.recommend(smoke / "flower", history, k=0)
     with pytest.raises(ValueError, match="neither an item id nor a title"):
         policy.recommend(smoke / "flower", ["no such film"])
     with pytest.raises(FileNotFoundError, match="run notebook 02 or 03 first"):
@@ -60,6 +65,8 @@ def test_recommend_for_a_new_user_in_three_lines(smoke):
 def test_misspelt_parameters_and_profiles_are_errors(tmp_path):
     with pytest.raises(ValueError, match="no notebook has a parameter 'epoch'"):
         reproduce.reproduce("smoke", str(tmp_path), {"epoch": 2})
+    with pytest.raises(ValueError, match="no notebook has a parameter 'OUT'"):
+        reproduce.reproduce("smoke", str(tmp_path), {"OUT": "x"})
     with pytest.raises(ValueError, match="choose one of smoke, laptop, paper"):
         reproduce.reproduce("smok", str(tmp_path), {})
     command = [sys.executable, "-m", "flowerlib.reproduce", "-p", "epoch=2"]
@@ -67,6 +74,31 @@ def test_misspelt_parameters_and_profiles_are_errors(tmp_path):
     assert done.returncode and done.stderr.startswith("error: no notebook has a parameter 'epoch'")
 
 
-def test_a_missing_input_names_the_notebook_to_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="run notebooks/01_prepare_the_data.ipynb"):
-        runs.require(tmp_path / "items.parquet", "01_prepare_the_data.ipynb")
+def test_every_setting_is_a_parameter_of_a_notebook():
+    names = {name for notebook in reproduce.NOTEBOOKS for name in reproduce.parameters(reproduce.FOLDER / notebook)}
+    assert names == {field.name for field in fields(runs.Settings)} - {"profile"} | {"PROFILE", "OUT"}
+
+
+def test_what_was_deleted_or_changed_by_hand_is_made_again(smoke, tmp_path, capsys):
+    folder = shutil.copytree(smoke, tmp_path / "run")
+    given = json.loads(json.dumps({"profile": "smoke", "out": str(folder), "overrides": {}}))
+    reproduce.reproduce(**given)  # OUT is another one: all run, and what is trained is taken as it is
+    assert capsys.readouterr().out.count("taken as it is") == 2
+    (folder / "flower" / "settings.json").unlink()
+    (folder / "results" / "04_bias_and_diversity.json").write_text("{}")
+    reproduce.reproduce(**given)
+    assert capsys.readouterr().out.count("skipped") == 2
+    assert len(reproduce.comparison(folder)) == 7
+
+
+def test_notebooks_ask_for_the_step_before(tmp_path):
+    with pytest.raises(reproduce.NotebookError, match="run notebooks/01_prepare_the_data.ipynb with this PROFILE"):
+        reproduce.reproduce("smoke", str(tmp_path), {}, reproduce.NOTEBOOKS[1:2])
+
+
+def test_launch_trains_what_the_notebooks_take_up(smoke, tmp_path):
+    folder = shutil.copytree(smoke, tmp_path / "run")
+    before = (folder / "flower" / "plan.json").read_text()
+    shutil.rmtree(folder / "flower")
+    launch.launch("Flower", "smoke", str(folder), {})
+    assert (folder / "flower" / "plan.json").read_text() == before

@@ -112,8 +112,9 @@ def test_the_cached_trunk_gives_the_loss_of_the_whole_model(tmp_path):
 
 
 def test_sampled_paths_need_every_layer():
-    with pytest.raises(ValueError, match="set frozen_layers to 0"):
-        train.train(None, None, None, None, None, replace(runs.PROFILES["smoke"], paths="policy"), None, None, 0, 0.9)
+    with pytest.raises(ValueError, match="set frozen_layers and tuned_layers to 0"):
+        chosen = replace(runs.PROFILES["smoke"], paths="policy")
+        train.train(None, None, None, None, chosen, None, None, torch.zeros(7))
 
 
 def test_unknown_paths_are_refused(tmp_path):
@@ -153,17 +154,17 @@ TINY = replace(
 )
 
 
-def run_training(folder, chosen=TINY, theta=0.9):
+def run_training(folder, chosen=TINY, alpha=1.0):
     """Trains from the start; weights of the saved model and the log."""
     pairs = [(user, item) for user in range(8) for item in np.random.default_rng(user).permutation(7)[:6]]
     interactions = pd.DataFrame(pairs, columns=["user_id", "item_id"]).assign(timestamp=range(len(pairs)))
     items = pd.DataFrame({"item_id": range(7), "title": TITLES})
     tables = data.split_interactions(items, interactions, "leave-one-out", chosen.max_history)
     texts = [*TITLES, *policy.prompt_texts("movie", "sequence")]
-    model, tokenizer = backbone.load_backbone(chosen, texts, 0)
+    model, tokenizer = backbone.load_backbone(chosen, texts)
     catalogue = policy.Catalogue.build(tokenizer, TITLES, "movie")
-    log_r = rewards.count_log_rewards(catalogue.trie, torch.from_numpy(data.item_counts(tables)))
-    log = train.train(model, tokenizer, catalogue, tables, log_r, chosen, folder, folder / "cache", 0, theta)
+    log_r = rewards.count_log_rewards(catalogue.trie, torch.from_numpy(data.item_counts(tables)), alpha)
+    log = train.train(model, tokenizer, catalogue, tables, chosen, folder, folder / "cache", log_r)
     return policy.load_run(folder)[0].state_dict(), log
 
 
@@ -193,11 +194,13 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path, monkeypatc
 
     monkeypatch.setattr(train._OneBar, "on_train_begin", noted)
     resumed, log_after = run_training(tmp_path / "killed")
-    assert first_steps[0] > 0
+    again, log_again = run_training(tmp_path / "killed")  # finished: taken as it is
+    assert len(first_steps) == 1 and first_steps[0] > 0
     for name in whole:
         torch.testing.assert_close(resumed[name], whole[name])
-    assert log_after.step.tolist() == log.step.tolist()
-    run_training(tmp_path / "other")
+        torch.testing.assert_close(again[name], whole[name])
+    assert log_after.step.tolist() == log_again.step.tolist() == log.step.tolist()
+    run_training(tmp_path / "killed", alpha=0.0)  # other rewards
     assert first_steps[1] == 0
 
 
@@ -214,7 +217,16 @@ def test_titles_and_rows_longer_than_the_context_are_refused(tmp_path):
     rows = train.make_rows(catalogue, HISTORIES, TARGETS)
     model.config.max_position_embeddings = len(catalogue.context([])) + 3
     with pytest.raises(ValueError, match="item 1, 'Toy Story 2', has 4 tokens"):
-        train._check_lengths(model, catalogue, rows)
+        train._check_lengths(model, catalogue, [rows])
     model.config.max_position_embeddings += 1
     with pytest.raises(ValueError, match="lower max_history"):
-        train._check_lengths(model, catalogue, rows)
+        train._check_lengths(model, catalogue, [rows])
+
+
+def test_a_full_disk_is_seen_before_the_trunk_runs(tmp_path, monkeypatch):
+    model, _, catalogue = world()
+    trunk, _ = backbone.split_layers(model.eval(), 1)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: train.shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(OSError, match="0 MB free: make room"):
+        train.make_rows(catalogue, HISTORIES, TARGETS).run_trunk(trunk, tmp_path, "train")
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,4 @@ def all_different(share, k, rng):
 
 
 def balanced_as_a_whole(log_r):
-    moved = log_r.clone()
-    moved[0, 0] -= 0.5
-    moved[0, -1] += 0.5
-    return moved
+    return torch.full_like(log_r, log_r.mean())
