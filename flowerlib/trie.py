@@ -138,13 +138,12 @@ class TitleTrie:
         items in proportion to reward.
 
         Raises:
-            ValueError: as `log_flows`, or a reward is zero, infinite or NaN; the message names the item.
+            ValueError: as `log_flows`, or a reward is zero; the message names the item.
         """
-        wrong = ~torch.isfinite(log_item_rewards.detach())
-        if wrong.any():
-            index = tuple(wrong.nonzero()[0].tolist())
-            raise ValueError(f"the log reward of item {index[-1]} is {log_item_rewards[index]:g}: rewards must be positive")
         flows = self.log_flows(log_item_rewards)
+        zero = log_item_rewards.detach() == -torch.inf
+        if zero.any():
+            raise ValueError(f"the reward of item {int(zero.nonzero()[0, -1])} is zero: rewards must be positive")
         return flows - flows[..., self.parent.clamp(min=0)]
 
     def advance(self, nodes: Tensor, tokens: Tensor) -> Tensor:
