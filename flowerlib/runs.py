@@ -60,13 +60,13 @@ class Settings:
     validation_rows: int = 256  # rows of valid.parquet that choose the checkpoint (0: all)
     # Flower (notebook 03)
     counts: str = "true"  # or "windowed": counts of the official code
-    alpha: float = 1.0  # reward = (count + 1)^alpha
-    theta: float = 0.995  # loss = theta * SFT + (1 - theta) * flow
+    alpha: float = -2.0  # reward = (count + 1)^alpha: 1 is the paper's, below 0 it falls with popularity
+    theta: float = 0.99  # loss = theta * SFT + (1 - theta) * flow
     lam: float = 1.0  # SubTB's lambda
     paths: str = "logged"  # "logged": the data's own titles; "reward": drawn from the flow; "policy": from the model
     # decoding (notebook 04)
     n_beams: int = 10
-    test_rows: int = 300  # test rows to recommend for (0: all)
+    test_rows: int = 0  # test rows to recommend for (0: all)
     decode_batch: int = 16  # prompts decoded at a time
 
     def __post_init__(self) -> None:
@@ -103,7 +103,7 @@ PROFILES: dict[str, Settings] = {
         profile="paper", dataset="video_games", data_path="data/video_games", category="video game", split="time",
         max_history=10, model="Qwen/Qwen2.5-1.5B", frozen_layers=0, tuned_layers=0, cut_vocabulary=False,
         rows="target", learning_rate=3e-4, batch_size=256, epochs=7.0, evaluations=7, counts="windowed",
-        theta=0.9995, paths="policy",
+        alpha=1.0, theta=0.9995, paths="policy",
     ),
 }
 
