@@ -1,3 +1,6 @@
+import json
+import re
+
 import nbformat
 import pytest
 
@@ -40,3 +43,16 @@ def test_tables_by_hand(tmp_path):
     runs.write_json(tmp_path / "t.json", dict.fromkeys(reproduce.NOTEBOOKS, entry))
     assert publish.timing_table(tmp_path / "t.json").splitlines()[-1] == "| **together** | **42** | peak memory 1.5 GB |"
     assert publish.between("a\n<!-- x -->\nold\n<!-- /x -->\nb", "x", "new") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
+
+
+def test_the_readme_states_what_the_results_files_hold():
+    text = publish.README.read_text(encoding="utf-8")
+    tables = {"comparison": publish.comparison_table(publish.FIGURES / "04_bias_and_diversity.json"),
+              "timings": publish.timing_table(publish.FIGURES / "timings.json")}
+    for mark, table in tables.items():
+        assert publish.between(text, mark, table) == text
+    for name in re.findall(r"figures/[\w.]+", text):
+        assert (runs.ROOT / name).is_file(), name
+    profiles = {json.loads(path.read_text())["provenance"]["settings"]["profile"]
+                for path in publish.FIGURES.glob("0*.json") if not path.name.startswith("00")}
+    assert profiles == {"laptop"}
