@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .trie import segment_logsumexp
+
 FLOOR_LOG_REWARD = -15.0  # what the official code gives the terminator where the prefix is no title
 
 
@@ -63,6 +65,50 @@ def modified_subtb_loss(
     if not steps.any():
         raise ValueError("no path has a token before its terminator")
     return _mean_squared_sums(torch.where(steps, delta, 0), steps, lam)
+
+
+def trajectory_balance_loss(log_pf: Tensor, log_token_rewards: Tensor, mask: Tensor) -> Tensor:
+    """Mean over paths of (Σ_t d_t)², the residual of the whole title alone: nats², arguments as in `subtb_loss`."""
+    _check(mask, log_pf, log_token_rewards)
+    return torch.where(mask, log_pf - log_token_rewards, 0).sum(-1).square().mean()
+
+
+def exact_cross_entropy(log_pf: Tensor, log_flows: Tensor) -> Tensor:
+    """−Σ_edges F(s')/Z · log π(s → s'), in nats per title: over the whole tree at once, no path is sampled.
+
+    It is the expectation of SFT summed over the tokens of titles drawn in proportion to reward. Its minimum, at
+    π = r, is the entropy of R/Z.
+
+    Args:
+        log_pf: (n_nodes,) log π of the edge into each node, as of `policy.tree_log_probs`.
+        log_flows: (n_nodes,) log F, as of `TitleTrie.log_flows`.
+    """
+    return -(_edge_weight(log_flows) * log_pf[1:]).sum()
+
+
+def exact_flow_loss(log_pf: Tensor, log_flows: Tensor, parent: Tensor) -> Tensor:
+    """Σ_edges F(s')/Z · d², d = log π − log F(s')/F(s), in nats²: zero exactly where π equals the token rewards.
+
+    Args:
+        log_pf, log_flows: (n_nodes,) as in `exact_cross_entropy`.
+        parent: (n_nodes,) as of the trie.
+    """
+    residual = log_pf[1:] - (log_flows[1:] - log_flows[parent[1:]])
+    return (_edge_weight(log_flows) * residual.square()).sum()
+
+
+def off_trie_penalty(log_pf: Tensor, log_flows: Tensor, parent: Tensor) -> Tensor:
+    """−Σ_s F(s)/Z · log Σ_children π(child | s), in nats: what a policy loses to tokens that continue no title.
+
+    `exact_cross_entropy` is this plus the cross-entropy of the policy renormalised over the children.
+    """
+    on_trie = segment_logsumexp(log_pf[1:], parent[1:], len(log_pf))
+    inner = torch.isfinite(on_trie)
+    return -((log_flows - log_flows[0]).exp()[inner] * on_trie[inner]).sum()
+
+
+def _edge_weight(log_flows: Tensor) -> Tensor:
+    return (log_flows[1:] - log_flows[0]).exp()
 
 
 def _check(mask: Tensor, *tensors: Tensor) -> None:

@@ -255,6 +255,51 @@ def _read(model: PreTrainedModel, contexts: Sequence[Sequence[int]]) -> _Prompt:
     return _Prompt(mask.bool(), position, out.logits, out.past_key_values)
 
 
+def tree_log_probs(
+    model: PreTrainedModel, trie: TitleTrie, context: Sequence[int], nodes_at_a_time: int = 512
+) -> Tensor:
+    """log π(token into s | parent of s, prompt) for every node s, over the whole vocabulary: (n_nodes,) nats, root 0.
+
+    Exact, no title is sampled. The tree goes through the model packed: each inner node stands once behind the prompt,
+    at the position of its depth, and sees the prompt and its own ancestors. Chunks of the tree in depth-first order
+    share the prompt's cache and repeat only ancestors of their own. Differentiable.
+
+    Args:
+        nodes_at_a_time: bounds the memory: a chunk's mask is (nodes, prompt + nodes), its logits (nodes, V).
+    """
+    trie = trie.to(model.device)
+    prompt = _read(model, [context])
+    width = prompt.mask.shape[1]
+    inner = (trie.child_start[1:] > trie.child_start[:-1]).nonzero()[1:, 0]  # without the root
+    paths = trie.paths(inner)
+    order = np.lexsort(paths.numpy(force=True).T[::-1])  # depth first: -1, the end of a path, comes first
+    reached, log_pf = [], []
+
+    def note(nodes: Tensor, logits: Tensor) -> None:
+        rows, children = trie.children(nodes)
+        logits = logits.float()
+        reached.append(children)
+        log_pf.append(logits[rows, trie.token[children]] - logits.logsumexp(-1)[rows])
+
+    note(torch.zeros(1, dtype=torch.long, device=inner.device), prompt.logits[0])
+    for chunk in inner[torch.from_numpy(order).to(inner.device)].split(nodes_at_a_time):
+        nodes = trie.paths(chunk).unique()
+        nodes = nodes[nodes >= 0]  # the chunk and its ancestors
+        column = torch.full((trie.n_nodes + 1,), len(nodes), device=nodes.device)
+        column[nodes] = torch.arange(len(nodes), device=nodes.device)
+        sees = torch.zeros(len(nodes), len(nodes) + 1, dtype=torch.bool, device=nodes.device)
+        sees.scatter_(1, column[trie.paths(nodes)], True)
+        before = torch.ones(len(nodes), width, dtype=torch.bool, device=nodes.device)
+        logits = model(
+            input_ids=trie.token[nodes][None], attention_mask=torch.cat([before, sees[:, :-1]], 1)[None, None],
+            position_ids=(width - 1 + trie.depth[nodes])[None], past_key_values=prompt.cache, use_cache=True,
+        ).logits[0]
+        prompt.cache.crop(-len(nodes))
+        new = torch.isin(nodes, chunk)
+        note(nodes[new], logits[new])
+    return torch.zeros(trie.n_nodes, device=inner.device).index_put((torch.cat(reached),), torch.cat(log_pf))
+
+
 def _search(
     model: PreTrainedModel, trie: TitleTrie, prompt: _Prompt, search: Beams, blocked: Tensor | None
 ) -> tuple[Tensor, Tensor]:

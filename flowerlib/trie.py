@@ -146,6 +146,16 @@ class TitleTrie:
             raise ValueError(f"the reward of item {int(zero.nonzero()[0, -1])} is zero: rewards must be positive")
         return flows - flows[..., self.parent.clamp(min=0)]
 
+    def log_leaf_probs(self, log_edges: Tensor) -> Tensor:
+        """Log-probabilities of the edges into each node, (n_nodes,), → their sums along each title, (n_leaves,)."""
+        path = self.paths(self.leaves)
+        return torch.where(path >= 0, log_edges[path], 0).sum(-1)
+
+    def renormalised(self, log_edges: Tensor) -> Tensor:
+        """(n_nodes,) log-probabilities of the edges → those of drawing under the tree's mask, siblings adding to 1."""
+        total = segment_logsumexp(log_edges[1:], self.parent[1:], self.n_nodes)
+        return torch.cat([log_edges[:1], log_edges[1:] - total[self.parent[1:]]])
+
     def advance(self, nodes: Tensor, tokens: Tensor) -> Tensor:
         """(B,) nodes, (B,) tokens → (B,) the children reached; -1 off the trie, and from -1 or a leaf always -1."""
         known = (nodes >= 0) & (tokens >= 0) & (tokens < self._n_tokens)

@@ -236,3 +236,17 @@ def test_bad_input_of_the_parts():
         metrics.group_shares([0, 0], [0, 1])
     with pytest.raises(ValueError, match="n_bootstrap"):
         metrics.compare([[0]], [[1]], [0], [1], ["a"], n_bootstrap=0)
+
+
+def test_divergences_by_hand_and_their_bounds():
+    half, skewed = np.log([0.5, 0.5]), np.log([0.75, 0.25]) + 3.0  # a constant added changes nothing
+    found = metrics.divergences(half, skewed)
+    assert found["kl_target_model"] == pytest.approx(0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25))
+    assert found["kl_model_target"] == pytest.approx(0.75 * np.log(1.5) + 0.25 * np.log(0.5))
+    assert found["entropy_target"] == pytest.approx(np.log(2))
+    assert 0 < found["js"] < np.log(2)
+    assert metrics.divergences(half, half)["js"] == metrics.divergences(skewed, skewed)["kl_model_target"] == 0
+    far = metrics.divergences(np.log([1 - 1e-300, 1e-300]), np.log([1e-300, 1 - 1e-300]))
+    assert far["js"] == pytest.approx(np.log(2))
+    with pytest.raises(ValueError, match="finite logarithms"):
+        metrics.divergences([0.0, -np.inf], half)

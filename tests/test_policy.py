@@ -124,3 +124,29 @@ def test_a_catalogue_of_one():
     catalogue = policy.Catalogue.build(tokenizer, ["Heat"], "movie")
     [(leaves, _)] = policy.beam_search(model.eval(), catalogue, [[]], [policy.Beams(3)])
     assert leaves[0].tolist() == [0, -1, -1]
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3, 512])
+@torch.no_grad()
+def test_the_packed_tree_gives_every_title_its_exact_probability(world, at_a_time):
+    model, catalogue = world
+    trie = catalogue.trie
+    for history in ([], [0], [3, 4, 6, 1]):
+        edges = policy.tree_log_probs(model, trie, catalogue.context(history), at_a_time)
+        for renormalised in (False, True):
+            titles = trie.log_leaf_probs(trie.renormalised(edges) if renormalised else edges)
+            exact = exact_log_probabilities(model, catalogue, history, renormalised)
+            expected = [exact[leaf][0] for leaf in range(len(trie.leaves))]
+            np.testing.assert_allclose(titles, expected, atol=1e-4)
+        np.testing.assert_allclose(titles.exp().sum(), 1, atol=1e-5)
+
+
+def test_the_packed_tree_is_differentiable_in_chunks(world):
+    model, catalogue = world
+    gradients = []
+    for at_a_time in (2, 512):
+        model.zero_grad()
+        policy.tree_log_probs(model, catalogue.trie, catalogue.context([0]), at_a_time).sum().backward()
+        gradients.append(model.lm_head.weight.grad.clone())
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+    model.zero_grad()
