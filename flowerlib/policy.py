@@ -270,9 +270,6 @@ def tree_log_probs(
     trie = trie.to(model.device)
     prompt = _read(model, [context])
     width = prompt.mask.shape[1]
-    inner = (trie.child_start[1:] > trie.child_start[:-1]).nonzero()[1:, 0]  # without the root
-    paths = trie.paths(inner)
-    order = np.lexsort(paths.numpy(force=True).T[::-1])  # depth first: -1, the end of a path, comes first
     reached, log_pf = [], []
 
     def note(nodes: Tensor, logits: Tensor) -> None:
@@ -281,23 +278,18 @@ def tree_log_probs(
         reached.append(children)
         log_pf.append(logits[rows, trie.token[children]] - logits.logsumexp(-1)[rows])
 
-    note(torch.zeros(1, dtype=torch.long, device=inner.device), prompt.logits[0])
-    for chunk in inner[torch.from_numpy(order).to(inner.device)].split(nodes_at_a_time):
-        nodes = trie.paths(chunk).unique()
-        nodes = nodes[nodes >= 0]  # the chunk and its ancestors
-        column = torch.full((trie.n_nodes + 1,), len(nodes), device=nodes.device)
-        column[nodes] = torch.arange(len(nodes), device=nodes.device)
-        sees = torch.zeros(len(nodes), len(nodes) + 1, dtype=torch.bool, device=nodes.device)
-        sees.scatter_(1, column[trie.paths(nodes)], True)
+    note(torch.zeros(1, dtype=torch.long, device=model.device), prompt.logits[0])
+    for chunk in trie.inner.split(nodes_at_a_time):
+        nodes, sees = trie.with_ancestors(chunk)
         before = torch.ones(len(nodes), width, dtype=torch.bool, device=nodes.device)
         logits = model(
-            input_ids=trie.token[nodes][None], attention_mask=torch.cat([before, sees[:, :-1]], 1)[None, None],
+            input_ids=trie.token[nodes][None], attention_mask=torch.cat([before, sees], 1)[None, None],
             position_ids=(width - 1 + trie.depth[nodes])[None], past_key_values=prompt.cache, use_cache=True,
         ).logits[0]
         prompt.cache.crop(-len(nodes))
         new = torch.isin(nodes, chunk)
         note(nodes[new], logits[new])
-    return torch.zeros(trie.n_nodes, device=inner.device).index_put((torch.cat(reached),), torch.cat(log_pf))
+    return torch.zeros(trie.n_nodes, device=model.device).index_put((torch.cat(reached),), torch.cat(log_pf))
 
 
 def _search(

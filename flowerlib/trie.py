@@ -146,6 +146,24 @@ class TitleTrie:
             raise ValueError(f"the reward of item {int(zero.nonzero()[0, -1])} is zero: rewards must be positive")
         return flows - flows[..., self.parent.clamp(min=0)]
 
+    def with_ancestors(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """The given nodes and all nodes above them but the root, ascending, (m,); and which of them lie on the path to
+        each, itself included, (m, m) bool. Packed into one sequence, that is what each may see."""
+        closed = self.paths(nodes).unique()
+        closed = closed[closed >= 0]
+        column = torch.full((self.n_nodes + 1,), len(closed), device=closed.device)
+        column[closed] = torch.arange(len(closed), device=closed.device)
+        on_path = torch.zeros(len(closed), len(closed) + 1, dtype=torch.bool, device=closed.device)
+        on_path.scatter_(1, column[self.paths(closed)], True)  # -1, past a path's end, hits the last column
+        return closed, on_path[:, :-1]
+
+    @cached_property
+    def inner(self) -> Tensor:
+        """The nodes that have children, without the root, depth first: near ones share most of their ancestors."""
+        nodes = (self.child_start[1:] > self.child_start[:-1]).nonzero()[1:, 0]
+        order = np.lexsort(self.paths(nodes).numpy(force=True).T[::-1])  # -1, past a path's end, comes first
+        return nodes[torch.from_numpy(order).to(nodes.device)]
+
     def log_leaf_probs(self, log_edges: Tensor) -> Tensor:
         """Log-probabilities of the edges into each node, (n_nodes,), → their sums along each title, (n_leaves,)."""
         path = self.paths(self.leaves)
