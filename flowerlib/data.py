@@ -130,7 +130,7 @@ def load(settings: runs.Settings) -> Tables:
         if settings.max_items or settings.max_users:
             print(f"{folder.name} is split already: max_items and max_users are not applied")
     else:
-        items, interactions = _slice(*_read(folder), settings.max_items, settings.max_users)
+        items, interactions = _slice(*_read(folder, films=settings.category == "movie"), settings.max_items, settings.max_users)
         tables = split_interactions(items, interactions, settings.split, settings.max_history)
     for part in PARTS:
         if not len(getattr(tables, part)):
@@ -138,13 +138,13 @@ def load(settings: runs.Settings) -> Tables:
     return tables
 
 
-def _read(folder: Path) -> Dataset:
+def _read(folder: Path, films: bool) -> Dataset:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: data_path counts from the project's root")
     if any(folder.glob("*.inter")):
         return read_recbole(folder)
     if any((folder / name).is_file() for name in ("u.data", "ratings.dat", "ratings.csv")):
-        return read_movielens(folder)
+        return read_movielens(folder, films)
     dumps = {path for ending in ("json", "json.gz", "jsonl", "jsonl.gz") for path in folder.glob(f"*.{ending}")}
     meta = {path for path in dumps if path.name.startswith("meta_")}
     if len(meta) == 1 and len(dumps) == 2:
@@ -158,12 +158,18 @@ def _read(folder: Path) -> Dataset:
 
 
 def _slice(items: pd.DataFrame, interactions: pd.DataFrame, max_items: int, max_users: int) -> Dataset:
+    n_items, n_users = len(items), interactions.user_id.nunique()
     if max_items:
         counts = interactions.item_id.value_counts().reindex(items.item_id, fill_value=0).to_numpy()
         items = items.iloc[np.sort(np.argsort(-counts, kind="stable")[:max_items])].reset_index(drop=True)
         interactions = interactions[interactions.item_id.isin(items.item_id)]
     if max_users:
         interactions = interactions[interactions.user_id.isin(interactions.user_id.unique()[:max_users])]
+    if max_items or max_users:
+        print(
+            f"kept {len(items):,} of {n_items:,} items (max_items) and {interactions.user_id.nunique():,} of "
+            f"{n_users:,} users (max_users); 0 keeps all"
+        )
     return items, interactions.reset_index(drop=True)
 
 

@@ -65,7 +65,7 @@ def popularity_groups(counts: ArrayLike, n_groups: int = 8) -> Ints:
     counts = _checked_counts(counts)
     n_positive = int((counts > 0).sum())
     if n_positive < n_groups:
-        raise ValueError(f"{n_groups} groups need as many leaves with a count, not {n_positive}")
+        raise ValueError(f"{n_groups} popularity groups need as many titles with interactions, not {n_positive}")
     order = np.argsort(-counts, kind="stable")[:n_positive]
     groups = np.full(len(counts), n_groups - 1)
     for group, members in enumerate(np.array_split(order, n_groups)):

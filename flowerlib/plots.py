@@ -91,7 +91,7 @@ def popularity_curve(
     axes.axvline(mark, color="0.5", linewidth=1, zorder=1)
     axes.set(xscale="log", xlim=(1, len(counts)), ylim=(0, 1.02),
              xlabel="titles, most popular first (rank by interactions, log scale)",
-             ylabel="share of slots or interactions")
+             ylabel="cumulative share of slots")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.legend(loc="best")

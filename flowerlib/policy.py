@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from . import runs
+from .readers import clean_title, move_article
 from .trie import TitleTrie, segment_logsumexp
 
 
@@ -393,7 +395,7 @@ def recommend(run: str | Path, history: Sequence[Any], k: int = 10) -> pd.DataFr
 
     Args:
         run: folder of a finished run, such as runs/laptop/flower; a relative path counts from the project's root.
-        history: item ids as in its items.parquet, or titles, oldest first; may be empty.
+        history: item ids as in its items.parquet, or titles as there or before cleaning, oldest first; may be empty.
 
     Returns:
         Columns item_id, title, score (Σ log π in nats).
@@ -408,11 +410,14 @@ def recommend(run: str | Path, history: Sequence[Any], k: int = 10) -> pd.DataFr
     items = pd.read_parquet(folder / "items.parquet")
     by_id, by_title = pd.Index(items.item_id), pd.Series(items.index, items.title).groupby(level=0).first()
     places = []
-    for entry in history:
+    for entry in [history] if isinstance(history, str) else history:
         place = by_id.get_indexer([entry])[0]
-        if place < 0 and entry not in by_title:
-            raise ValueError(f"{entry!r} is neither an item id nor a title of {folder / 'items.parquet'}")
-        places.append(int(place) if place >= 0 else int(by_title[entry]))
+        known = [name for name in (entry, move_article(clean_title(str(entry)))) if name in by_title]
+        if place < 0 and not known:
+            near = get_close_matches(str(entry), by_title.index, n=3, cutoff=0.6)
+            hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise ValueError(f"{entry!r} is neither an item id nor a title of {folder / 'items.parquet'}{hint}")
+        places.append(int(place) if place >= 0 else int(by_title[known[0]]))
     chosen = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     beams = Beams(max(k, chosen["n_beams"]))
     [(leaves, scores)] = beam_search(model, catalogue, [places[-chosen["max_history"] :]], [beams], seen=[places])

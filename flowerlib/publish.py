@@ -44,15 +44,15 @@ def comparison_table(results: Path) -> str:
     rows = runs.read_results(results)
     k = max(int(m[1]) for name in rows[0] if (m := re.fullmatch(r"ndcg@(\d+)", name)))
     lines = [
-        f"| decoding, seen titles | method | HR@{k} | NDCG@{k} | DGU | MGU | H (bits) | TTR | distinct titles |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| decoding, seen titles | method | HR@{k} | NDCG@{k} | DGU | MGU | H (bits) | TTR | distinct titles | Gini |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda r: (r["seen"] == "allowed", r["decoding"], r["method"] != "SFT")):
         ranges = {name: f"{row[name]:.3f} [{row[name + '_lo']:.3f}, {row[name + '_hi']:.3f}]"
                   for name in (f"hr@{k}", f"ndcg@{k}", "dgu")}
         decoding = f"{row['decoding'].replace('_', ', length-')}, {row['seen']}"
         lines.append(f"| {decoding} | {row['method']} | {' | '.join(ranges.values())} | {row['mgu']:.3f} | "
-                     f"{row['h_bits']:.2f} | {row['ttr']:.3f} | {row['distinct']:.0f} |")
+                     f"{row['h_bits']:.2f} | {row['ttr']:.3f} | {row['distinct']:.0f} | {row['gini']:.3f} |")
     return "\n".join(lines)
 
 

@@ -79,12 +79,12 @@ def read_recbole(folder: str | Path) -> Dataset:
     return _dataset(items, _read_table(inter, "\t"), item, inter, films=title == "movie_title")
 
 
-def read_movielens(folder: str | Path) -> Dataset:
+def read_movielens(folder: str | Path, films: bool = True) -> Dataset:
     """GroupLens' files: u.data and u.item, ratings.dat and movies.dat, or ratings.csv and movies.csv.
 
-    Every rating is an interaction, whatever its value. Titles: the year in parentheses is taken off and put back
+    Every rating is an interaction, whatever its value. Titles of films: the year in parentheses is taken off and put back
     only where films of equal title differ in it; `, The` and the like move to the front; the film called unknown
-    is dropped with its ratings. Timestamps are those of rating sessions, many of them equal.
+    is dropped with its ratings. Other titles are only cleaned. Timestamps are those of rating sessions, many equal.
 
     Raises:
         FileNotFoundError: none of the pairs is there. ValueError: a malformed line, an unknown or nameless film.
@@ -101,10 +101,14 @@ def read_movielens(folder: str | Path) -> Dataset:
     elif (folder / "ratings.csv").is_file():
         paths = folder / "movies.csv", folder / "ratings.csv"
         names = {"userId": "user_id", "movieId": "item_id"}
-        items, ratings = (_read_table(path, ",").rename(columns=names) for path in paths)
+        items, ratings = (_read_table(path, ",") for path in paths)
+        for path, table, needed in ((paths[0], items, {"movieId"}), (paths[1], ratings, {"movieId", "userId"})):
+            for own in sorted(needed - set(table)):
+                raise ValueError(f"{path} has no column {own}: it has {', '.join(table.columns)}")
+        items, ratings = items.rename(columns=names), ratings.rename(columns=names)
     else:
         raise FileNotFoundError(f"{folder} holds none of u.data, ratings.dat and ratings.csv")
-    return _dataset(items, ratings, *paths, films=True)
+    return _dataset(items, ratings, *paths, films)
 
 
 def read_amazon(reviews: str | Path, metadata: str | Path, since: str = "", until: str = "") -> Dataset:

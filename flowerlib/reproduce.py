@@ -94,7 +94,7 @@ def report(folder: Path, names: Sequence[str] = NOTEBOOKS) -> Path:
     pages = [nbformat.read(folder / "notebooks" / name, as_version=4) for name in names]
     headings = [page.cells[0].source.split("\n")[0].removeprefix("# ") for page in pages]
     contents = [f"- [{heading}](#{heading.replace(' ', '-')})" for heading in headings]
-    first = ["# SFT against Flower", comparison(folder).to_html(border=0), *contents]
+    first = ["# SFT against Flower", headline(folder), comparison(folder).to_html(border=0), *contents]
     joint = nbformat.v4.new_notebook(metadata=pages[0].metadata)
     joint.cells.append(nbformat.v4.new_markdown_cell("\n\n".join(first)))
     for n, cell in enumerate((cell for page in pages for cell in page.cells), 1):
@@ -160,6 +160,16 @@ def comparison(folder: Path) -> pd.DataFrame:
     return rows.set_index(["seen", "decoding", "method"]).sort_index(ascending=False)[figures].round(3)
 
 
+def headline(folder: Path) -> str:
+    """What run this is, in one line."""
+    found = json.loads((folder / "results" / "04_bias_and_diversity.json").read_text(encoding="utf-8"))
+    chosen, n_users = found["provenance"]["settings"], found["rows"][0]["n_users"]
+    line = f"Profile {chosen['profile']}: {chosen['dataset']}, model {chosen['model']}, {n_users:,} test rows, one seed."
+    if chosen["model"] == "tiny":
+        line += " A tiny random model: it shows that everything runs, not which method is better."
+    return line
+
+
 def literal(text: str) -> tuple[str, Any]:
     """NAME=VALUE of the command line as name and Python literal; what is no literal stays text."""
     name, _, value = text.partition("=")
@@ -172,7 +182,7 @@ def literal(text: str) -> tuple[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="laptop", help=f"one of {', '.join(runs.PROFILES)}")
-    parser.add_argument("--out", help="folder of the run (default: runs/<profile>)")
+    parser.add_argument("--out", help="folder of the run, from the project's root (default: runs/<profile>)")
     parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", type=literal,
                         help="a notebook parameter, as often as needed")
     given = parser.parse_args()
@@ -182,7 +192,7 @@ def main() -> None:
     except (ValueError, NotebookError) as error:
         raise SystemExit(f"error: {error}") from None
     page = report(folder)
-    print(f"\nSFT against Flower ({given.profile})\n\n{comparison(folder).to_string()}\n")
+    print(f"\nSFT against Flower. {headline(folder)}\n\n{comparison(folder).to_string()}\n")
     print(f"report: {page}\nexecuted notebooks: {folder / 'notebooks'}")
     print(f"figures: {folder / 'figures'}\nresults: {folder / 'results'}")
 

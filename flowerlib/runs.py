@@ -89,8 +89,9 @@ _CHOICES = {
     "paths": ("logged", "reward", "policy"),
 }
 _RANGES = {  # all other numbers are 0 or more
-    "max_history": (1, math.inf), "batch_size": (1, math.inf), "device_batch": (1, math.inf), "alpha": (-math.inf, math.inf),
-    "evaluations": (1, math.inf), "theta": (0, 1), "lam": (0, 1), "n_beams": (1, math.inf), "decode_batch": (1, math.inf),
+    "max_history": (1, math.inf), "batch_size": (1, math.inf), "device_batch": (1, math.inf),
+    "evaluations": (1, math.inf), "n_beams": (1, math.inf), "decode_batch": (1, math.inf),
+    "alpha": (-math.inf, math.inf), "theta": (0, 1), "lam": (0, 1),
 }
 
 PROFILES: dict[str, Settings] = {
@@ -171,7 +172,10 @@ def require(out: Path, step: str) -> Path:
         FileNotFoundError: it has not come to its end; the message names the notebook to run.
     """
     if not (out / step / "settings.json").exists():
-        raise FileNotFoundError(f"{out / step} is not there: run notebooks/{STEPS[step]} with this PROFILE and OUT first")
+        raise FileNotFoundError(
+            f"{out / step} is missing, or an earlier notebook ran after it: run notebooks/{STEPS[step]} with this PROFILE "
+            "and OUT first (a training that is done already is kept)"
+        )
     return out / step
 
 

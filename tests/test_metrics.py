@@ -214,7 +214,7 @@ def test_same_seed_same_interval_and_order_of_users_does_not_matter(shop):
     ({"counts": [0] * 8}, "positive sum"),
     ({"counts": [1, -1] * 4}, ">= 0"),
     ({"counts": [1.0, math.nan] * 4}, "counts"),
-    ({"counts": [1] * 7 + [0]}, "8 groups"),
+    ({"counts": [1] * 7 + [0]}, "8 popularity groups"),
     ({"counts": [1] * 9}, "titles"),
     ({"titles": [" "] + TITLES[1:]}, "leaf 0 has an empty title"),
     ({"ks": (1, 3)}, "between 1 and the lists' 2"),

@@ -13,7 +13,7 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
 LOCAL_PATH = re.compile(r"/(root|home|work|tmp|Users)/")
 MAX_BYTES = 1_000_000
-MAX_LINES = 30
+MAX_LINES, MAX_WIDTH = 30, 115
 
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -66,6 +66,7 @@ def test_no_injected_parameters(path):
 def test_code_cells_are_short_and_parse(path):
     for cell in code_cells(path):
         assert len(cell.source.splitlines()) <= MAX_LINES, cell.source
+        assert max(map(len, cell.source.splitlines()), default=0) <= MAX_WIDTH, cell.source
         ast.parse(cell.source)
 
 

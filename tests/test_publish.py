@@ -31,13 +31,13 @@ def test_outputs_come_over_without_noise_and_injected_parameters(tmp_path):
 
 def test_tables_by_hand(tmp_path):
     row = {"method": "SFT", "decoding": "beam_normalised", "seen": "excluded", "mgu": 0.05, "h_bits": 7.123, "ttr": 0.1,
-           "distinct": 20.0, "ndcg@1": 0.1}
+           "distinct": 20.0, "gini": 0.9, "ndcg@1": 0.1}
     row |= {f"{name}{end}": v for name in ("hr@10", "ndcg@10", "dgu") for end, v in (("", 0.2), ("_lo", 0.1), ("_hi", 0.3))}
     runs.write_results(tmp_path / "r.json", [row | {"method": "Flower"}, row], {})
     lines = publish.comparison_table(tmp_path / "r.json").splitlines()
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
     assert lines[2] == ("| beam, length-normalised, excluded | SFT | 0.200 [0.100, 0.300] | 0.200 [0.100, 0.300] | "
-                        "0.200 [0.100, 0.300] | 0.050 | 7.12 | 0.100 | 20 |")
+                        "0.200 [0.100, 0.300] | 0.050 | 7.12 | 0.100 | 20 | 0.900 |")
     assert "Flower" in lines[3]
     entry = {"seconds": 10.4, "peak_mb_so_far": 1500, "matmul_1024_seconds": 0.01}
     runs.write_json(tmp_path / "t.json", dict.fromkeys(reproduce.NOTEBOOKS, entry))

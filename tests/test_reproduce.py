@@ -56,6 +56,11 @@ def test_recommend_for_a_new_user_in_three_lines(smoke):
     assert found.head(1).equals(policy.recommend(smoke / "flower", history, k=1))
     with pytest.raises(ValueError, match="k is 0"):
         policy.recommend(smoke / "flower", history, k=0)
+    assert policy.recommend(smoke / "flower", items.title[1], k=1).equals(
+        policy.recommend(smoke / "flower", [f" {items.title[1]} "], k=1)
+    )
+    with pytest.raises(ValueError, match=f"did you mean .*{items.title[1]}"):
+        policy.recommend(smoke / "flower", [items.title[1] + "s"])
     with pytest.raises(ValueError, match="neither an item id nor a title"):
         policy.recommend(smoke / "flower", ["no such film"])
     with pytest.raises(FileNotFoundError, match="run notebook 02 or 03 first"):
