@@ -145,8 +145,10 @@ def loss_of(
         end = trie.advance(before.flatten(), trie.token[trie.leaves[0]].expand(before.numel())).view_as(before)
         log_term = torch.where(end >= 0, log_r[end.clamp(min=0)], losses.FLOOR_LOG_REWARD)
         value = losses.modified_subtb_loss(edge[path], log_end[row[before]], log_r[path], log_term, mask, lam)
-    else:
+    elif loss in ("subtb", "db"):
         value = losses.subtb_loss(edge[path], log_r[path], mask, 0.0 if loss == "db" else lam)
+    else:
+        raise ValueError(f"{loss!r} takes no drawn titles, or is none of {', '.join(LOSSES)}")
     if penalty:
         on_trie = segment_logsumexp(log_pf, trie.parent[children], trie.n_nodes)
         passed = visits > 0

@@ -81,7 +81,7 @@ def _state(path: str) -> str:
 
 
 def _outputs(folder: Path, name: str) -> str:
-    """What a notebook left: its results and, of 01 to 03, the mark of the finished step; "" where they are missing."""
+    """A name for what a notebook left: itself, its results and, of 01 to 03, the mark of the finished step."""
     paths = [folder / "results" / f"{Path(name).stem}.json", folder / "notebooks" / name]
     paths += [folder / step / "settings.json" for step, notebook in runs.STEPS.items() if notebook == name]
     return _hash(*(path.read_text(encoding="utf-8") if path.exists() else "" for path in paths))
@@ -128,7 +128,6 @@ def _run(name: str, given: Mapping[str, Any], folder: Path) -> None:
     from nbclient.exceptions import DeadKernelError
 
     logging.getLogger("papermill").addHandler(logging.NullHandler())  # the streams below show it already
-
     done = folder / "notebooks" / name
     done.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
