@@ -4,9 +4,14 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: reproduce test bench publish
+.PHONY: reproduce study test bench publish
 reproduce: .venv/ready
 	$(BIN)/python -m flowerlib.reproduce --profile $(PROFILE) --out $(OUT) $(foreach p,$(PARAMETERS),-p $(p))
+
+study: .venv/ready
+	for profile in smoke laptop; do \
+	  $(BIN)/python -m flowerlib.reproduce --only 05_fit_a_known_distribution --profile $$profile \
+	    $(foreach p,$(PARAMETERS),-p $(p)) || exit 1; done
 
 test: .venv/ready
 	$(BIN)/python -m pytest

@@ -25,9 +25,9 @@ from transformers import PreTrainedModel
 
 from . import losses, metrics
 from .backbone import split_layers
-from .trie import TitleTrie, segment_logsumexp
+from .runs import LOSSES
+from .trie import TitleTrie
 
-LOSSES = ("exact_ce", "exact_squared", "subtree_ce", "sft", "subtb", "tb", "db", "modified_subtb")
 PATHS = ("reward", "policy", "schedule")
 
 
@@ -42,10 +42,14 @@ class PackedTree:
         forward_tokens: tokens that have gone through `model` in training so far.
     """
 
-    def __init__(self, model: PreTrainedModel, trie: TitleTrie, context: Sequence[int], n_frozen: int = 0):
+    def __init__(
+        self, model: PreTrainedModel, trie: TitleTrie, context: Sequence[int], n_frozen: int = 0,
+        nodes_at_a_time: int = 512,
+    ):
+        """nodes_at_a_time bounds the memory: so many nodes' logits over the vocabulary are held at once."""
         self.trie = trie.to(model.device)
         self.context = torch.tensor(context, device=model.device)
-        self.width, self.forward_tokens = len(context), 0
+        self.width, self.nodes_at_a_time, self.forward_tokens = len(context), nodes_at_a_time, 0
         self.model, self.hidden = model, None
         if n_frozen:
             trunk, self.model = split_layers(model, n_frozen)
@@ -61,9 +65,13 @@ class PackedTree:
             hidden[self._rows(nodes)] = out.last_hidden_state[0]
         return hidden
 
-    def _chunks(self, nodes_at_a_time: int = 512) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for chunk in self.trie.inner.split(nodes_at_a_time):
-            yield *self.trie.with_ancestors(chunk), chunk
+    def _chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The tree in parts: nodes and mask of `TitleTrie.with_ancestors`, and which of root and nodes are the part's
+        own, as positions; the others are there to be seen, and each node is some part's own once."""
+        root = self.trie.inner.new_zeros(1)
+        for chunk in torch.cat([root, self.trie.inner]).split(self.nodes_at_a_time):
+            nodes, on_path = self.trie.with_ancestors(chunk[chunk > 0])
+            yield nodes, on_path, torch.isin(torch.cat([root, nodes]), chunk).nonzero()[:, 0]
 
     def _tokens(self, nodes: Tensor) -> Tensor:
         return torch.cat([self.context, self.trie.token[nodes]])[None]
@@ -79,8 +87,9 @@ class PackedTree:
         position = torch.cat([torch.arange(width, device=nodes.device), width - 1 + self.trie.depth[nodes]])
         return {"attention_mask": sees[None, None], "position_ids": position[None]}
 
-    def logits(self, nodes: Tensor, on_path: Tensor) -> Tensor:
-        """(1 + m, V) the model's logits at the root and at these nodes (`TitleTrie.with_ancestors`)."""
+    def edges(self, nodes: Tensor, on_path: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The children of the nodes at `own`, (n,); log π of the edges into them, (n,); and log π of the terminator
+        where they start, (len(own),). Over the whole vocabulary, in nats. Arguments as `_chunks` gives them."""
         if self.hidden is None:
             given = {"input_ids": self._tokens(nodes)}
         else:
@@ -88,49 +97,56 @@ class PackedTree:
         if self.model.training:
             self.forward_tokens += self.width + len(nodes)
         packed = self._packed(nodes, on_path)
-        return self.model(**given, **packed, use_cache=False, logits_to_keep=1 + len(nodes)).logits[0].float()
-
-    def edges(self, nodes: Tensor, on_path: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The children of the root and of these nodes, (n,); log π of the edges into them, (n,); and log π of the
-        terminator at the root and at these nodes, (1 + m,). Over the whole vocabulary, in nats."""
-        logits = self.logits(nodes, on_path)
+        kept = self.width - 1 + own
+        logits = self.model(**given, **packed, use_cache=False, logits_to_keep=kept).logits[0].float()
         total = logits.logsumexp(-1)
-        rows, children = self.trie.children(torch.cat([nodes.new_zeros(1), nodes]))
+        rows, children = self.trie.children(torch.cat([nodes.new_zeros(1), nodes])[own])
         terminator = self.trie.token[self.trie.leaves[0]]
         return children, logits[rows, self.trie.token[children]] - total[rows], logits[:, terminator] - total
 
+    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(children, log π of the edges into them) of the whole tree, every edge once, a part at a time."""
+        for chunk in self._chunks():
+            yield self.edges(*chunk)[:2]
+
+    @torch.no_grad()
     def log_probs(self) -> Tensor:
         """(n_nodes,) log π of every edge over the whole vocabulary, in nats, 0 at the root: exact."""
         total = torch.zeros(self.trie.n_nodes, device=self.context.device)
-        for nodes, on_path, _ in self._chunks():
-            children, log_pf, _ = self.edges(nodes, on_path)
-            total = total.index_put((children,), log_pf)
+        for children, log_pf in self.parts():
+            total[children] = log_pf
         return total
 
 
-def loss_of(
+def loss_parts(
     tree: PackedTree, loss: str, log_item_rewards: Tensor, leaves: Tensor | None, lam: float = 1.0, penalty: float = 0.0
-) -> Tensor:
-    """One of LOSSES, plus `penalty` times what is lost to tokens that leave the tree, in nats.
+) -> Iterator[Tensor]:
+    """One of LOSSES as summands, plus `penalty` times what is lost to tokens that leave the tree, in nats.
+
+    The exact losses are sums over edges, so that a gradient that is added up part by part is exact in bounded memory.
 
     Args:
         leaves: (n,) leaf nodes that were drawn; None for the exact losses. On them the penalty is of the nodes that
             the drawn titles pass, an unbiased estimate of `losses.off_trie_penalty` where they come from the reward.
     """
     trie = tree.trie
-    flows, log_r = trie.log_flows(log_item_rewards).float(), trie.log_token_rewards(log_item_rewards).float()
+    log_r = trie.log_token_rewards(log_item_rewards).float()
     if leaves is None:
-        log_pf = tree.log_probs()
-        if loss == "exact_ce":
-            value = losses.exact_cross_entropy(log_pf, flows)
-        else:
-            value = losses.exact_flow_loss(log_pf, flows, trie.parent)
-        return value + penalty * losses.off_trie_penalty(log_pf, flows, trie.parent) if penalty else value
+        log_reach = (trie.log_flows(log_item_rewards) - log_item_rewards.logsumexp(0)).float()
+        for children, log_pf in tree.parts():
+            if loss == "exact_ce":
+                value = losses.exact_cross_entropy(log_pf, log_reach[children])
+            else:
+                value = losses.exact_flow_loss(log_pf, log_reach[children], log_r[children])
+            if penalty:
+                value = value + penalty * losses.off_trie_penalty(log_pf, trie.parent[children], log_reach)
+            yield value
+        return
     paths = trie.paths(leaves)
     mask, path = paths >= 0, paths.clamp(min=0)
     before = trie.parent[path].clamp(min=0)
     nodes, on_path = trie.with_ancestors(trie.parent[leaves])
-    children, log_pf, log_end = tree.edges(nodes, on_path)
+    children, log_pf, log_end = tree.edges(nodes, on_path, torch.arange(1 + len(nodes), device=nodes.device))
     visits = torch.bincount(before[mask], minlength=trie.n_nodes) / len(leaves)  # an estimate of F / Z
     edge = torch.zeros(trie.n_nodes, device=path.device).index_put((children,), log_pf)
     if loss == "subtree_ce":
@@ -150,10 +166,8 @@ def loss_of(
     else:
         raise ValueError(f"{loss!r} takes no drawn titles, or is none of {', '.join(LOSSES)}")
     if penalty:
-        on_trie = segment_logsumexp(log_pf, trie.parent[children], trie.n_nodes)
-        passed = visits > 0
-        value = value - penalty * (visits[passed] * on_trie[passed]).sum()
-    return value
+        value = value + penalty * losses.off_trie_penalty(log_pf, trie.parent[children], visits.log())
+    yield value
 
 
 def draw_leaves(trie: TitleTrie, log_edges: Tensor, n: int) -> Tensor:
@@ -163,36 +177,44 @@ def draw_leaves(trie: TitleTrie, log_edges: Tensor, n: int) -> Tensor:
 
 
 def measure(tree: PackedTree, log_item_rewards: Tensor) -> dict[str, float]:
-    """The exact distribution of drawing under the tree's mask against R/Z (nats), and the unmasked mass on titles."""
+    """How far the model is from R/Z, exactly.
+
+    Returns:
+        `metrics.divergences` (nats) of drawing titles under the tree's mask; catalogue_mass, the probability that the
+        unmasked model spells some title; kl_tokens, Σ_s F(s)/Z · KL(r‖π) over the whole vocabulary (nats), which is the
+        KL of the titles plus what is lost to tokens that leave the tree.
+    """
     tree.model.eval()
-    with torch.no_grad():
-        log_pf = tree.log_probs().double()
-    trie = tree.trie
-    target = trie.log_flows(log_item_rewards)[trie.leaves]
-    found = metrics.divergences(target.cpu(), trie.log_leaf_probs(trie.renormalised(log_pf)).cpu())
-    return found | {"catalogue_mass": float(trie.log_leaf_probs(log_pf).exp().sum())}
+    log_pf, trie = tree.log_probs().double(), tree.trie
+    log_reach = trie.log_flows(log_item_rewards) - log_item_rewards.logsumexp(0)
+    found = metrics.divergences(log_reach[trie.leaves].cpu(), trie.log_leaf_probs(trie.renormalised(log_pf)).cpu())
+    per_node = metrics.node_divergences(log_reach.cpu(), log_pf.cpu(), trie.parent.cpu())
+    return found | {"catalogue_mass": float(trie.log_leaf_probs(log_pf).exp().sum()), "kl_tokens": float(per_node.sum())}
 
 
 def fit(
-    tree: PackedTree, log_item_rewards: Tensor, loss: str, steps: int, paths: str = "reward", n_paths: int = 16,
-    learning_rate: float = 1e-3, penalty: float = 0.0, threshold: float = 0.05, evaluations: int = 8,
-    max_seconds: float = float("inf"), seed: int = 0, progress: bool = True,
+    tree: PackedTree, log_item_rewards: Tensor, loss: str, budget: int, paths: str = "reward", n_paths: int = 16,
+    learning_rate: float = 1e-3, penalty: float = 0.0, threshold: float = 0.05, evaluations: int = 8, seed: int = 0,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Tunes `tree.model` until it draws titles in proportion to reward, as well as the loss can.
+
+    The learning rate rises over the first twentieth of the budget and falls to 0 along a cosine.
 
     Args:
         log_item_rewards: (n_items,) log R in nats.
         loss: one of LOSSES.
+        budget: tokens to put through `tree.model`; the step that passes it is the last. Draws from the policy count.
         paths: where the sampled losses look: titles drawn from the reward, from the policy itself, or the paper's
             schedule, which starts with titles drawn in proportion to their length and moves to the policy by a tenth
             each time that the loss falls below `threshold`.
         n_paths: titles a step.
         penalty: weight of what is lost to tokens that leave the tree. The modified SubTB needs it: it compares tokens
             with the terminator alone, so that it vanishes for policies that leave the tree as well.
-        max_seconds: of training; evaluations do not count.
 
     Returns:
-        One row an evaluation, the first before any step: step, forward_tokens, seconds, loss, and `measure`.
+        One row an evaluation, the first before any step: step, forward_tokens, seconds of training, loss, and
+        `measure`.
 
     Raises:
         ValueError: unknown loss or paths.
@@ -201,34 +223,34 @@ def fit(
         raise ValueError(f"loss {loss!r} with paths {paths!r}: choose of {', '.join(LOSSES)} and {', '.join(PATHS)}")
     torch.manual_seed(seed)
     weights = [w for w in tree.model.parameters() if w.requires_grad]
-    optimiser = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
-    warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min((step + 1) / warmup, (1 + math.cos(math.pi * step / steps)) / 2)
-    )
+    optimiser = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0, fused=True)
     log: list[dict[str, Any]] = [{"step": 0, "forward_tokens": 0, "seconds": 0.0} | measure(tree, log_item_rewards)]
-    on_policy, spent, value = 0.0, 0.0, math.nan
+    first, tokens, spent, on_policy, step = tree.forward_tokens, 0, 0.0, 0.0, 0
     lengths = tree.trie.depth[tree.trie.leaves].double()
-    for step in tqdm(range(1, steps + 1), desc=f"{loss}, {paths}", disable=not progress):
+    bar = tqdm(total=budget, desc=f"{loss}, {paths}", unit=" tokens", disable=not progress)
+    while tokens < budget:
         start = time.perf_counter()
+        step, before, value = step + 1, tokens, 0.0
         tree.model.train()
         leaves = _leaves(tree, log_item_rewards, paths, on_policy, lengths, n_paths) if "exact" not in loss else None
-        objective = loss_of(tree, loss, log_item_rewards, leaves, penalty=penalty)
         optimiser.zero_grad()
-        objective.backward()
+        for part in loss_parts(tree, loss, log_item_rewards, leaves, penalty=penalty):
+            part.backward()
+            value += part.item()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        tokens = tree.forward_tokens - first
+        for group in optimiser.param_groups:
+            warm, cosine = 20 * tokens / budget, (1 + math.cos(math.pi * before / budget)) / 2
+            group["lr"] = learning_rate * min(warm, cosine)
         optimiser.step()
-        schedule.step()
-        value = objective.item()
         if value < threshold:
             on_policy = min(1.0, on_policy + 0.1)
         spent += time.perf_counter() - start
-        last = step == steps or spent > max_seconds
-        if last or step % max(1, steps // evaluations) == 0:
-            row = {"step": step, "forward_tokens": tree.forward_tokens, "seconds": spent, "loss": value}
+        bar.update(tokens - before)
+        if tokens >= budget or tokens * evaluations >= budget * len(log):
+            row = {"step": step, "forward_tokens": tokens, "seconds": spent, "loss": value}
             log.append(row | measure(tree, log_item_rewards))
-        if last:
-            break
+    bar.close()
     return pd.DataFrame(log)
 
 

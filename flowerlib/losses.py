@@ -73,42 +73,42 @@ def trajectory_balance_loss(log_pf: Tensor, log_token_rewards: Tensor, mask: Ten
     return torch.where(mask, log_pf - log_token_rewards, 0).sum(-1).square().mean()
 
 
-def exact_cross_entropy(log_pf: Tensor, log_flows: Tensor) -> Tensor:
-    """−Σ_edges F(s')/Z · log π(s → s'), in nats per title: over the whole tree at once, no path is sampled.
+def exact_cross_entropy(log_pf: Tensor, log_reach: Tensor) -> Tensor:
+    """−Σ_edges F(s')/Z · log π(s → s'), in nats per title: over all edges at once, no path is sampled.
 
-    It is the expectation of SFT summed over the tokens of titles drawn in proportion to reward. Its minimum, at
-    π = r, is the entropy of R/Z.
-
-    Args:
-        log_pf: (n_nodes,) log π of the edge into each node, as of `policy.tree_log_probs`.
-        log_flows: (n_nodes,) log F, as of `TitleTrie.log_flows`.
-    """
-    return -(_edge_weight(log_flows) * log_pf[1:]).sum()
-
-
-def exact_flow_loss(log_pf: Tensor, log_flows: Tensor, parent: Tensor) -> Tensor:
-    """Σ_edges F(s')/Z · d², d = log π − log F(s')/F(s), in nats²: zero exactly where π equals the token rewards.
+    Over the whole tree it is the expectation of SFT summed over the tokens of titles drawn in proportion to reward.
+    Its minimum, at π = r, is the entropy of R/Z. This and the next two are sums over edges (over nodes): a tree may be
+    taken in parts, and gradients add up.
 
     Args:
-        log_pf, log_flows: (n_nodes,) as in `exact_cross_entropy`.
-        parent: (n_nodes,) as of the trie.
+        log_pf: (n,) log π of the edges.
+        log_reach: (n,) log F(s')/Z of the nodes that they lead to.
     """
-    residual = log_pf[1:] - (log_flows[1:] - log_flows[parent[1:]])
-    return (_edge_weight(log_flows) * residual.square()).sum()
+    return -(log_reach.exp() * log_pf).sum()
 
 
-def off_trie_penalty(log_pf: Tensor, log_flows: Tensor, parent: Tensor) -> Tensor:
+def exact_flow_loss(log_pf: Tensor, log_reach: Tensor, log_token_rewards: Tensor) -> Tensor:
+    """Σ_edges F(s')/Z · d², d = log π − log r, in nats²: zero exactly where π equals the token rewards.
+
+    Args:
+        log_pf, log_reach: (n,) as in `exact_cross_entropy`.
+        log_token_rewards: (n,) log r of the edges.
+    """
+    return (log_reach.exp() * (log_pf - log_token_rewards).square()).sum()
+
+
+def off_trie_penalty(log_pf: Tensor, parent: Tensor, log_reach: Tensor) -> Tensor:
     """−Σ_s F(s)/Z · log Σ_children π(child | s), in nats: what a policy loses to tokens that continue no title.
 
     `exact_cross_entropy` is this plus the cross-entropy of the policy renormalised over the children.
+
+    Args:
+        log_pf, parent: (n,) log π of the edges and the nodes that they leave; all children of a node, or none.
+        log_reach: (n_nodes,) log F(s)/Z of the tree's nodes.
     """
-    on_trie = segment_logsumexp(log_pf[1:], parent[1:], len(log_pf))
-    inner = torch.isfinite(on_trie)
-    return -((log_flows - log_flows[0]).exp()[inner] * on_trie[inner]).sum()
-
-
-def _edge_weight(log_flows: Tensor) -> Tensor:
-    return (log_flows[1:] - log_flows[0]).exp()
+    on_trie = segment_logsumexp(log_pf, parent, len(log_reach))
+    left = torch.isfinite(on_trie)
+    return -(log_reach[left].exp() * on_trie[left]).sum()
 
 
 def _check(mask: Tensor, *tensors: Tensor) -> None:

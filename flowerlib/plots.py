@@ -28,6 +28,13 @@ STYLES = (
 )
 WATER = "#56B4E9"  # flows
 FIXED = {"history": 0, "SFT": 1, "Flower": 2}  # these names look the same in every picture
+METHOD_NAMES = {
+    "exact_ce": "every edge (cross-entropy)", "exact_squared": "every edge (squared)", "subtree_ce": "drawn subtrees",
+    "sft": "SFT", "subtb": "Flower (SubTB)", "tb": "TB", "db": "DB", "modified_subtb": "modified SubTB", "dpo": "DPO",
+    "rloo": "RLOO",
+}
+
+LEAST_KL = 1e-6  # where the axes of the fits end
 
 METRIC_LABELS = {
     "dgu": "DGU (share of slots; 0 = as in the history)",
@@ -52,15 +59,17 @@ def theme() -> None:
 
 
 def styles(names: Sequence[str]) -> dict[str, tuple[Any, Any, str, str]]:
-    """Colour, line style, marker and hatch of each name: fixed ones for FIXED, the others in order.
+    """Colour, line style, marker and hatch of each name: fixed ones for FIXED (a bracket behind them does not matter),
+    the others in order.
 
     Raises:
         ValueError: more names than distinguishable styles.
     """
-    others = [name for name in names if name not in FIXED]
+    fixed = {name: FIXED[known] for name in names if (known := name.split(" (")[0]) in FIXED}
+    others = [name for name in names if name not in fixed]
     if len(others) > len(STYLES) - len(FIXED):
         raise ValueError(f"at most {len(STYLES) - len(FIXED)} series besides {', '.join(FIXED)}: {', '.join(others)}")
-    return {name: STYLES[FIXED[name] if name in FIXED else len(FIXED) + others.index(name)] for name in names}
+    return {name: STYLES[fixed[name] if name in fixed else len(FIXED) + others.index(name)] for name in names}
 
 
 def _titled(axes: Axes, text: str, width: int = 67) -> Axes:
@@ -171,11 +180,13 @@ def training_curves(axes: Axes, logs: Any, unit: str = "nats per target", title:
 
 def flow_tree(
     axes: Axes, parent: ArrayLike, labels: Sequence[str], values: ArrayLike, title: str | None = None,
+    model: ArrayLike | None = None,
 ) -> Axes:
     """A small title tree from left to right: lines as wide as their flow, each with its token's probability.
 
     parent (N,): node 0 is the root (parent -1), parents stand before their children; labels: each node's token;
-    values (N,): flows F. An edge's probability is the token reward r = F(child) / F(parent).
+    values (N,): flows F. An edge's probability is the token reward r = F(child) / F(parent). model (N,): a model's
+    probability of each edge, written after r; the root's is ignored.
 
     Raises:
         ValueError: not such a tree, a flow that is not positive, or more than 40 nodes.
@@ -207,7 +218,8 @@ def flow_tree(
         width = 1 + 13 * values[i] / values[0]
         axes.plot(depth[a] + np.array([0, 0.2, 0.45, 1]), height[[a, a, i, i]], color=WATER, linewidth=width, zorder=1,
                   solid_joinstyle="round", solid_capstyle="butt")
-        axes.annotate(f"{p:.2g}", (depth[a] + 0.56, height[i]), xytext=(0, width / 2 + 1), textcoords="offset points",
+        said = f"{p:.2g}" if model is None else f"{p:.2f} | {np.asarray(model)[i]:.2f}"
+        axes.annotate(said, (depth[a] + 0.56, height[i]), xytext=(0, width / 2 + 1), textcoords="offset points",
                       ha="center", va="bottom", fontsize=11)
     for i in range(n):
         box = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "0.3"}
@@ -215,9 +227,83 @@ def flow_tree(
                   zorder=3)
     axes.set(xlim=(-0.35, depth.max() + 0.4), ylim=(-n_leaves + 0.4, 0.6), yticks=[], ylabel="",
              xticks=np.arange(depth.max() + 1),
-             xlabel="tokens so far (box: token and flow; line: the token's probability)")
+             xlabel="tokens so far (box: token and flow; line: "
+                    + ("the token's probability)" if model is None else "token reward r | model's π)"))
     axes.grid(False)
     return _titled(axes, title or f"A flow of {values[0]:.3g} leaves the root and ends in {n_leaves} titles")
+
+
+def fitted(axes: Axes, log_target: ArrayLike, log_model: ArrayLike, title: str | None = None, name: str = "SFT") -> Axes:
+    """Each title's probability under a model against its target's, both from their logarithms (L,), on log axes."""
+    target, model = np.exp(np.asarray(log_target)), np.exp(np.asarray(log_model))
+    colour, _, marker, _ = styles([name])[name]
+    ends = np.array([min(target.min(), model.min()) / 1.5, max(target.max(), model.max()) * 1.5])
+    axes.plot(ends, ends, color=STYLES[0][0], linewidth=1.2, zorder=1)
+    axes.plot(target, model, marker, color=colour, markersize=5, alpha=0.7, markeredgewidth=0, zorder=2)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="target R/Z", ylabel="model, exact")
+    kl = float(target @ (np.log(target) - np.log(model)))
+    return _titled(axes, title or f"{name}: KL {kl:.2g} nats", width=34)
+
+
+def fit_curves(
+    axes: Axes, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], xlabel: str, floor: float | None = None,
+    title: str | None = None,
+) -> Axes:
+    """KL(target‖model) against what it cost, one line a method: name → (cost, KL in nats). `floor` is drawn dotted."""
+    for name, (colour, line, marker, _) in styles(list(curves)).items():
+        cost, kl = (np.asarray(x, dtype=float) for x in curves[name])
+        axes.plot(cost, kl, color=colour, linestyle=line, marker=marker, label=name)
+    if floor is not None:
+        axes.axhline(floor, color="0.4", linestyle=":", linewidth=1.5)
+        axes.annotate("a perfect model, measured by draws", (1, floor), xytext=(-4, 3), ha="right", va="bottom",
+                      xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=11, color="0.3")
+    axes.set(yscale="log", xlabel=xlabel, ylabel="KL(target‖model), nats (log scale)")
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], LEAST_KL))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.legend(fontsize=11)
+    best = min(curves, key=lambda name: np.asarray(curves[name][1])[-1])
+    return _titled(axes, title or f"Closest in the end: {best}, KL {np.asarray(curves[best][1])[-1]:.1g} nats")
+
+
+def fit_summary(axes: Axes, rows: Sequence[Mapping[str, Any]], limit: float, title: str | None = None) -> Axes:
+    """Where each method ended: rows hold label and kl_target_model; rows of one label are repetitions. On a log axis,
+    best first, with `limit` as a line."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["label"], []).append(row["kl_target_model"])
+    order = sorted(values, key=lambda label: np.median(values[label]))
+    for i, label in enumerate(order):
+        good = np.median(values[label]) <= limit
+        axes.plot(np.maximum(values[label], LEAST_KL), [-i] * len(values[label]), "o" if good else "X", markersize=9, alpha=0.8,
+                  color=STYLES[2 if good else 3][0], markeredgecolor="white")
+    axes.axvline(limit, color=STYLES[0][0], linestyle=":", linewidth=1.5)
+    axes.set(xscale="log", ylim=(-len(order) + 0.4, 0.6), ylabel="",
+             xlabel=f"KL(target‖model), nats (log scale; what is below {LEAST_KL:g} stands there)")
+    axes.set_yticks(-np.arange(len(order)), order)
+    axes.grid(False, axis="y")
+    within = sum(np.median(v) <= limit for v in values.values())
+    return _titled(axes, title or f"{within} of {len(order)} ways end within {limit:g} nats (dotted) of the target")
+
+
+def node_choice(
+    axes: Axes, labels: Sequence[str], target: ArrayLike, model: ArrayLike, title: str, n: int = 5,
+) -> Axes:
+    """What follows one node of the tree: token reward r and the model's π, as bars, of the n likeliest children and the
+    rest together."""
+    target, model = np.asarray(target, dtype=float), np.asarray(model, dtype=float)
+    order = np.argsort(-np.maximum(target, model), kind="stable")
+    shown, rest = order[:n], order[n:]
+    names = [str(labels[i]) for i in shown] + ([f"{len(rest)} others"] if len(rest) else [])
+    place = -np.arange(len(names))
+    for values, shift, (colour, _, _, hatch), label in (
+        (target, 0.2, STYLES[0], "reward r"), (model, -0.2, STYLES[2], "model π"),
+    ):
+        bars = [*values[shown], values[rest].sum()][: len(names)]
+        axes.barh(place + shift, bars, 0.38, color=colour, hatch=hatch, edgecolor="white", label=label)
+    axes.set_yticks(place, names)
+    axes.set(xlim=(0, 1), xlabel="probability of the next token")
+    axes.grid(False, axis="y")
+    return _titled(axes, title, width=34)
 
 
 def metric_intervals(

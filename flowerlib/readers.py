@@ -148,6 +148,44 @@ def read_amazon(reviews: str | Path, metadata: str | Path, since: str = "", unti
     return items, interactions[known].reset_index(drop=True)
 
 
+def read_counts(path: str | Path) -> pd.Series:
+    """A table title → count from a CSV, JSON or Parquet file, counts above 0, most frequent first, equal titles added up.
+
+    A table has columns title and count, or two columns in that order; a JSON file holds such records or one object
+    {title: count}.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: another ending, no such columns, a blank title, a count that is
+            not a positive number, or fewer than two titles.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file: counts_path counts from the project's root")
+    try:
+        if path.suffix == ".json":
+            held = json.loads(path.read_text(encoding="utf-8"))
+            table = pd.DataFrame(held.items() if isinstance(held, dict) else held)
+        elif path.suffix in (".csv", ".parquet"):
+            table = pd.read_csv(path, keep_default_na=False) if path.suffix == ".csv" else pd.read_parquet(path)
+        else:
+            raise ValueError(f"{path.name}: a table of counts ends in .csv, .json or .parquet")
+    except (json.JSONDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from None
+    if {"title", "count"} <= set(table):
+        table = table[["title", "count"]]
+    if table.shape[1] != 2:
+        raise ValueError(f"{path.name} needs the columns title and count, and has {', '.join(map(str, table)) or 'none'}")
+    table.columns = ["title", "count"]
+    numbers = pd.to_numeric(table["count"], errors="coerce")
+    titles = table.title.fillna("").astype(str).map(clean_title)
+    refuse(titles.map(is_blank), f"{path.name}, row", "the title is blank")
+    refuse(~(np.isfinite(numbers) & (numbers > 0)), f"{path.name}, row", "the count {} is no positive number", table["count"])
+    counts = numbers.astype(float).groupby(titles.to_numpy(), sort=False).sum()
+    if len(counts) < 2:
+        raise ValueError(f"{path.name} has {len(counts)} title: a distribution needs two or more")
+    return counts.sort_values(ascending=False, kind="stable")
+
+
 def _one(folder: str | Path, pattern: str) -> Path:
     found = sorted(Path(folder).glob(pattern))
     if len(found) != 1:

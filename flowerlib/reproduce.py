@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ except ImportError:  # Windows
 NOTEBOOKS = (
     "01_prepare_the_data.ipynb", "02_train_sft.ipynb", "03_train_flower.ipynb", "04_bias_and_diversity.ipynb",
 )
+STUDY = "05_fit_a_known_distribution.ipynb"  # stands by itself and takes longer: `make study`
 FOLDER = runs.ROOT / "notebooks"
 
 
@@ -58,8 +60,10 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
             everything = sorted({name for names in known.values() for name in names} - {"PROFILE", "OUT"})
             raise ValueError(f"no notebook has a parameter {key!r}: there are {', '.join(everything)}")
     folder = runs.output_dir(profile, out)
-    chosen = runs.settings(profile, **overrides)
-    chain = _hash(runs.code_digest(), *(_state(path) for path in (chosen.data_path, chosen.model) if path))
+    shared = {f.name for f in fields(runs.Settings)} & overrides.keys()
+    chosen = runs.settings(profile, **{name: overrides[name] for name in shared})
+    brought = (chosen.data_path, chosen.model, overrides.get("counts_path"))
+    chain = _hash(runs.code_digest(), *(_state(path) for path in brought if path))
     for name in only:
         given = {"PROFILE": profile, "OUT": str(folder)} | {k: v for k, v in overrides.items() if k in known[name]}
         chain = _hash(chain, json.dumps(given, sort_keys=True), _code(FOLDER / name))
@@ -75,8 +79,9 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
 
 
 def _state(path: str) -> str:
-    """What tells whether the files in a folder have changed: names, sizes and times; nothing for what is no folder."""
-    files = sorted((runs.ROOT / Path(path).expanduser()).glob("*"))
+    """What tells whether a file, or the files in a folder, have changed: names, sizes and times; nothing for others."""
+    place = runs.ROOT / Path(path).expanduser()
+    files = [place] if place.is_file() else sorted(place.glob("*"))
     return repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
 
@@ -88,13 +93,15 @@ def _outputs(folder: Path, name: str) -> str:
 
 
 def report(folder: Path, names: Sequence[str] = NOTEBOOKS) -> Path:
-    """Writes the executed notebooks one after the other as one HTML page, the comparison first."""
+    """Writes the executed notebooks one after the other as one HTML page, the comparison first if 04 is among them."""
     from nbconvert import HTMLExporter
 
     pages = [nbformat.read(folder / "notebooks" / name, as_version=4) for name in names]
     headings = [page.cells[0].source.split("\n")[0].removeprefix("# ") for page in pages]
     contents = [f"- [{heading}](#{heading.replace(' ', '-')})" for heading in headings]
-    first = ["# SFT against Flower", headline(folder), comparison(folder).to_html(border=0), *contents]
+    first = contents
+    if NOTEBOOKS[-1] in names:
+        first = ["# SFT against Flower", headline(folder), comparison(folder).to_html(border=0), *contents]
     joint = nbformat.v4.new_notebook(metadata=pages[0].metadata)
     joint.cells.append(nbformat.v4.new_markdown_cell("\n\n".join(first)))
     for n, cell in enumerate((cell for page in pages for cell in page.cells), 1):
@@ -102,7 +109,7 @@ def report(folder: Path, names: Sequence[str] = NOTEBOOKS) -> Path:
             cell.outputs = [output for output in cell.outputs if not is_noise(output)]
         cell["id"] = str(n)
         joint.cells.append(cell)
-    path = folder / "report.html"
+    path = folder / ("report.html" if NOTEBOOKS[-1] in names else f"{Path(names[-1]).stem}.html")
     with runs.atomic(path) as new:
         resources = {"metadata": {"name": f"Flower, {folder.name}"}}
         new.write_text(HTMLExporter().from_notebook_node(joint, resources)[0], encoding="utf-8")
@@ -184,14 +191,18 @@ def main() -> None:
     parser.add_argument("--out", help="folder of the run, from the project's root (default: runs/<profile>)")
     parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", type=literal,
                         help="a notebook parameter, as often as needed")
+    stems = [Path(name).stem for name in (*NOTEBOOKS, STUDY)]
+    parser.add_argument("--only", choices=stems, metavar="NOTEBOOK", help=f"one notebook alone: {', '.join(stems)}")
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    names = (f"{given.only}.ipynb",) if given.only else NOTEBOOKS
     try:
-        folder = reproduce(given.profile, given.out, dict(given.parameter))
+        folder = reproduce(given.profile, given.out, dict(given.parameter), names)
     except (ValueError, NotebookError) as error:
         raise SystemExit(f"error: {error}") from None
-    page = report(folder)
-    print(f"\nSFT against Flower. {headline(folder)}\n\n{comparison(folder).to_string()}\n")
+    page = report(folder, names)
+    if NOTEBOOKS[-1] in names:
+        print(f"\nSFT against Flower. {headline(folder)}\n\n{comparison(folder).to_string()}\n")
     print(f"report: {page}\nexecuted notebooks: {folder / 'notebooks'}")
     print(f"figures: {folder / 'figures'}\nresults: {folder / 'results'}")
 

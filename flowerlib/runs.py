@@ -16,15 +16,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
 
 METHODS = ("Popularity", "SFT", "Flower")
 DECODINGS = ("top", "beam", "beam_normalised")  # top: the highest scores of the whole catalogue
 SEEN = ("excluded", "allowed")
+LOSSES = ("exact_ce", "exact_squared", "subtree_ce", "sft", "subtb", "tb", "db", "modified_subtb")  # of a known target
+PREFERENCES = ("dpo", "rloo")
 STEPS = {  # folder that holds a step's settings.json → the notebook that writes it
     "data": "01_prepare_the_data.ipynb", "sft": "02_train_sft.ipynb", "flower": "03_train_flower.ipynb",
 }
@@ -123,7 +126,16 @@ def settings(profile: str, after: str | Path | None = None, **overrides: Any) ->
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
     base = PROFILES[profile] if after is None else _read_settings(Path(after) / "settings.json", profile)
-    types = {f.name: type(getattr(base, f.name)) for f in fields(Settings) if f.name != "profile"}
+    return override(base, **overrides)
+
+
+def override(base: T, **overrides: Any) -> T:
+    """A settings dataclass with every override that is not None in the place of its value.
+
+    Raises:
+        ValueError: unknown setting, or a value of the wrong type.
+    """
+    types = {f.name: type(getattr(base, f.name)) for f in fields(base) if f.name != "profile"}
     given = {}
     for name, value in overrides.items():
         if name not in types:
@@ -225,10 +237,11 @@ def matmul_seconds(n: int = 1024, repeats: int = 5) -> float:
     return float(np.median(times))
 
 
-def code_digest() -> str:
-    """A name for the library's code as it is: what was made by other code is made again."""
+def code_digest(*modules: str) -> str:
+    """A name for the library's code as it is (of all modules, or these): what was made by other code is made again."""
     sha = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    paths = [Path(__file__).parent / f"{name}.py" for name in modules] or Path(__file__).parent.glob("*.py")
+    for path in sorted(paths):
         sha.update(path.read_bytes())
     return sha.hexdigest()
 
@@ -269,9 +282,10 @@ def write_results(path: str | Path, rows: Sequence[Mapping[str, Any]], source: M
     """Writes `{"provenance": source, "rows": rows}` atomically, floats rounded to 6 significant digits.
 
     Raises:
-        ValueError: a row's method, decoding or seen is not one of METHODS, DECODINGS, SEEN; a value is not finite.
+        ValueError: a row's method, decoding or seen is unknown (METHODS, LOSSES, PREFERENCES; DECODINGS; SEEN); a value
+            is not finite.
     """
-    allowed = {"method": METHODS, "decoding": DECODINGS, "seen": SEEN}
+    allowed = {"method": METHODS + LOSSES + PREFERENCES, "decoding": DECODINGS, "seen": SEEN}
     clean = []
     for i, row in enumerate(rows):
         for key, values in allowed.items():

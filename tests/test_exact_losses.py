@@ -25,18 +25,18 @@ def trees(draw):
 @given(trees())
 def test_exact_losses_equal_the_sums_over_titles(tree):
     trie, log_rewards, edges = tree
-    flows = trie.log_flows(log_rewards)
-    share = (flows[trie.leaves] - flows[0]).exp()
+    log_reach, log_r = trie.log_flows(log_rewards) - log_rewards.logsumexp(0), trie.log_token_rewards(log_rewards)
+    share = log_reach[trie.leaves].exp()
     expected = -(share * trie.log_leaf_probs(edges)).sum()  # the expectation of SFT over titles drawn from the target
-    torch.testing.assert_close(losses.exact_cross_entropy(edges, flows), expected)
+    torch.testing.assert_close(losses.exact_cross_entropy(edges[1:], log_reach[1:]), expected)
     squared = 0.0
     for leaf, p in zip(trie.leaves, share):
         path = trie.paths(leaf[None])[0]
         path = path[path >= 0]
-        squared += p * (edges[path] - trie.log_token_rewards(log_rewards)[path]).square().sum()
-    torch.testing.assert_close(losses.exact_flow_loss(edges, flows, trie.parent), squared)
-    inside = losses.exact_cross_entropy(trie.renormalised(edges), flows)
-    penalty = losses.off_trie_penalty(edges, flows, trie.parent)
+        squared += p * (edges[path] - log_r[path]).square().sum()
+    torch.testing.assert_close(losses.exact_flow_loss(edges[1:], log_reach[1:], log_r[1:]), squared)
+    inside = losses.exact_cross_entropy(trie.renormalised(edges)[1:], log_reach[1:])
+    penalty = losses.off_trie_penalty(edges[1:], trie.parent[1:], log_reach)
     torch.testing.assert_close(inside + penalty, expected)
 
 
@@ -44,18 +44,19 @@ def test_exact_losses_equal_the_sums_over_titles(tree):
 @given(trees())
 def test_the_law_of_every_loss_at_the_exact_policy(tree):
     trie, log_rewards, edges = tree
-    flows, log_r = trie.log_flows(log_rewards), trie.log_token_rewards(log_rewards)
+    log_reach, log_r = trie.log_flows(log_rewards) - log_rewards.logsumexp(0), trie.log_token_rewards(log_rewards)
     path = trie.paths(trie.leaves)
     mask = path >= 0
     paths_r = log_r[path.clamp(min=0)]
-    entropy = -((flows[trie.leaves] - flows[0]).exp() * (flows[trie.leaves] - flows[0])).sum()
-    torch.testing.assert_close(losses.exact_cross_entropy(log_r, flows), entropy)
+    entropy = -(log_reach[trie.leaves].exp() * log_reach[trie.leaves]).sum()
+    torch.testing.assert_close(losses.exact_cross_entropy(log_r[1:], log_reach[1:]), entropy)
     for zero in (
-        losses.exact_flow_loss(log_r, flows, trie.parent), losses.off_trie_penalty(log_r, flows, trie.parent),
+        losses.exact_flow_loss(log_r[1:], log_reach[1:], log_r[1:]),
+        losses.off_trie_penalty(log_r[1:], trie.parent[1:], log_reach),
         losses.trajectory_balance_loss(paths_r, paths_r, mask),
     ):
         assert abs(zero) < 1e-9
-    assert losses.exact_cross_entropy(edges, flows) >= entropy - 1e-9
+    assert losses.exact_cross_entropy(edges[1:], log_reach[1:]) >= entropy - 1e-9
     d = torch.where(mask, edges[path.clamp(min=0)] - paths_r, 0)
     balance = losses.trajectory_balance_loss(edges[path.clamp(min=0)], paths_r, mask)
     torch.testing.assert_close(balance, torch.stack([row.sum() ** 2 for row in d]).mean())

@@ -5,10 +5,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowerlib import metrics
+from flowerlib.trie import TitleTrie
 
 TITLES = ["a b", "a c", "d", "a b e", "f", "b", "g g", "h"]
 
@@ -250,3 +252,33 @@ def test_divergences_by_hand_and_their_bounds():
     assert far["js"] == pytest.approx(np.log(2))
     with pytest.raises(ValueError, match="finite logarithms"):
         metrics.divergences([0.0, -np.inf], half)
+
+
+def test_draws_are_compared_as_the_paper_does():
+    found = metrics.sampled_divergences([3, 1, 0], np.log([0.5, 0.25, 0.25]))
+    expected = 0.5 * np.log(0.5 / 0.75) + 0.25 * np.log(0.25 / 0.25) + 0.25 * np.log(0.25 / 2.2204e-16)
+    assert found["kl_target_model"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_simulated_draws_agree_with_real_ones():
+    rng = np.random.default_rng(0)
+    p, q = rng.dirichlet(np.ones(6)), rng.dirichlet(np.full(6, 20.0))
+    simulated = metrics.sampled_kl(np.log(q), np.log(p), 500, replicates=2000)
+    real = [metrics.sampled_divergences(rng.multinomial(500, q), np.log(p))["kl_target_model"] for _ in range(500)]
+    assert simulated.shape == (2000,) and np.mean(real) == pytest.approx(simulated.mean(), rel=0.05)
+    exact = metrics.divergences(np.log(p), np.log(q))["kl_target_model"]
+    assert metrics.sampled_kl(np.log(q), np.log(p), 10**7).mean() == pytest.approx(exact, rel=1e-2)
+
+
+def test_the_divergence_of_titles_is_the_sum_over_the_nodes():
+    trie = TitleTrie.from_sequences([[1, 2, 0], [1, 0], [3, 4, 5, 0], [3, 4, 0], [6, 0]])
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(5, generator=generator).double()
+    edges = trie.renormalised(torch.randn(trie.n_nodes, generator=generator).double())
+    reach = trie.log_flows(rewards) - rewards.logsumexp(0)
+    nodes = metrics.node_divergences(reach, edges, trie.parent)
+    whole = metrics.divergences(reach[trie.leaves], trie.log_leaf_probs(edges))["kl_target_model"]
+    assert nodes.sum() == pytest.approx(whole) and (nodes >= -1e-12).all() and (nodes[trie.leaves] == 0).all()
+    _, children = trie.children(torch.tensor([0]))
+    first = reach[children].exp() * (reach[children] - edges[children])
+    assert nodes[0] == pytest.approx(float(first.sum()))

@@ -22,7 +22,15 @@ ROWS = [
 ]
 TREE = ([-1, 0, 0, 1, 1], ["root", "Star", "Alien", "Wars", "Trek"], [10, 8, 2, 6, 2])
 
+FITS = [{"label": "SFT", "kl_target_model": 0.01}, {"label": "SFT", "kl_target_model": 0.02},
+        {"label": "DPO", "kl_target_model": 1.3}]
+CURVES = {"SFT": ([0, 100, 200], [1.0, 0.3, 0.2]), "Flower (SubTB)": ([0, 90, 210], [1.0, 0.2, 0.03])}
+
 PICTURES = {
+    "fitted": lambda axes: plots.fitted(axes, np.log([0.5, 0.3, 0.2]), np.log([0.8, 0.15, 0.05])),
+    "fit_curves": lambda axes: plots.fit_curves(axes, CURVES, "forward tokens", floor=0.05),
+    "fit_summary": lambda axes: plots.fit_summary(axes, FITS, limit=0.05),
+    "node_choice": lambda axes: plots.node_choice(axes, ["a", "b", "c"], [0.6, 0.3, 0.1], [0.2, 0.2, 0.6], "here", n=2),
     "popularity_curve": lambda axes: plots.popularity_curve(axes, {"SFT": COUNTS**2, "Flower": COUNTS}, COUNTS, mark=1),
     "group_bars": lambda axes: plots.group_bars(axes, SHARES),
     "long_tail": lambda axes: plots.long_tail(axes, COUNTS),
@@ -45,7 +53,8 @@ def test_draws_with_title_and_labels_and_changes_no_setting(name, axes):
     assert PICTURES[name](axes) is axes
     axes.figure.canvas.draw()
     assert axes.get_title() and axes.get_xlabel()
-    assert axes.get_ylabel() or name == "flow_tree"  # a tree's height means nothing
+    named = {"flow_tree", "fit_summary", "node_choice"}  # a tree's height means nothing, and words stand for themselves
+    assert axes.get_ylabel() or name in named
     assert dict(mpl.rcParams) == before
 
 
@@ -122,3 +131,25 @@ def test_curves_of_several_methods_and_without_validation(axes):
     axes.clear()
     columns = {name: LOGS[name].to_numpy()[:3] for name in LOGS}  # a plain mapping will do
     assert plots.training_curves(axes, columns).get_title() == "Training loss"
+
+
+def test_fits_say_who_is_closest(axes):
+    assert plots.fit_curves(axes, CURVES, "seconds").get_title() == "Closest in the end: Flower (SubTB), KL 0.03 nats"
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["Flower (SubTB)"].get_color() == plots.STYLES[plots.FIXED["Flower"]][0]
+
+
+def test_fit_summary_counts_methods_not_runs(axes):
+    assert plots.fit_summary(axes, FITS, 0.05).get_title().startswith("1 of 2 ways end within 0.05 nats")
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["SFT", "DPO"]
+
+
+def test_node_choice_adds_up_the_rest(axes):
+    plots.node_choice(axes, ["a", "b", "c"], [0.6, 0.3, 0.1], [0.2, 0.2, 0.6], "here", n=2)
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "c", "1 others"]
+    assert [bar.get_width() for bar in axes.patches] == [0.6, 0.1, 0.3, 0.2, 0.6, 0.2]
+
+
+def test_flow_tree_shows_a_model_beside_the_rewards(axes):
+    plots.flow_tree(axes, *TREE, model=[1, 0.5, 0.5, 0.9, 0.1])
+    assert {"0.80 | 0.50", "0.75 | 0.90"} <= {text.get_text() for text in axes.texts}

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from flowerlib import launch, policy, reproduce, runs
+from flowerlib import launch, policy, reproduce, runs, study
 
 
 def test_smoke_leaves_results_figures_and_pages(smoke):
@@ -82,6 +82,8 @@ def test_misspelt_parameters_and_profiles_are_errors(tmp_path):
 def test_every_setting_is_a_parameter_of_a_notebook():
     names = {name for notebook in reproduce.NOTEBOOKS for name in reproduce.parameters(reproduce.FOLDER / notebook)}
     assert names == {field.name for field in fields(runs.Settings)} - {"profile"} | {"PROFILE", "OUT"}
+    names = set(reproduce.parameters(reproduce.FOLDER / reproduce.STUDY))
+    assert names == {field.name for field in fields(study.FitSettings)} - {"profile"} | {"PROFILE", "OUT"}
 
 
 def test_what_was_deleted_or_changed_by_hand_is_made_again(smoke, tmp_path, capsys):
