@@ -20,7 +20,7 @@ bench: .venv/ready
 	$(BIN)/python -m pytest tests/benchmarks/bench_*.py --benchmark-enable --benchmark-only
 
 publish: .venv/ready
-	$(BIN)/python -m flowerlib.publish
+	$(BIN)/python -m flowerlib.publish $(NOTEBOOKS)
 
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed'"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 from numpy.typing import ArrayLike
 
 # colour (Okabe and Ito: safe for the colour-blind), line, marker, hatch; neighbours differ in grey as well
@@ -233,16 +233,18 @@ def flow_tree(
     return _titled(axes, title or f"A flow of {values[0]:.3g} leaves the root and ends in {n_leaves} titles")
 
 
-def fitted(axes: Axes, log_target: ArrayLike, log_model: ArrayLike, title: str | None = None, name: str = "SFT") -> Axes:
+def fitted(axes: Axes, log_target: ArrayLike, log_model: ArrayLike, name: str, title: str | None = None) -> Axes:
     """Each title's probability under a model against its target's, both from their logarithms (L,), on log axes."""
-    target, model = np.exp(np.asarray(log_target)), np.exp(np.asarray(log_model))
-    colour, _, marker, _ = styles([name])[name]
-    ends = np.array([min(target.min(), model.min()) / 1.5, max(target.max(), model.max()) * 1.5])
-    axes.plot(ends, ends, color=STYLES[0][0], linewidth=1.2, zorder=1)
-    axes.plot(target, model, marker, color=colour, markersize=5, alpha=0.7, markeredgewidth=0, zorder=2)
-    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="target R/Z", ylabel="model, exact")
-    kl = float(target @ (np.log(target) - np.log(model)))
-    return _titled(axes, title or f"{name}: KL {kl:.2g} nats", width=34)
+    log_target, log_model = np.asarray(log_target), np.asarray(log_model)
+    target, model = np.exp(log_target), np.exp(log_model)
+    axes.set(xscale="log", yscale="log", xlabel="target R/Z (log scale)", ylabel="model, exact (log scale)")
+    axes.axline((target.min(), target.min()), (target.max(), target.max()), color=STYLES[0][0], linewidth=1.2, zorder=1)
+    axes.plot(target, model, "o", color=STYLES[2][0], markersize=5, alpha=0.6, markeredgewidth=0, zorder=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    return _titled(axes, title or f"{name}: KL {target @ (log_target - log_model):.1g}", width=40)
 
 
 def fit_curves(

@@ -1,11 +1,13 @@
-"""For maintainers: puts a finished run into the repository: `python -m flowerlib.publish` (`make publish`).
+"""For maintainers: puts a finished run into the repository: `python -m flowerlib.publish [notebook …]`.
 
 The outputs go into notebooks/, results and pictures into figures/, and the README's tables are written anew, so that
-what is read on the web comes from one run of one profile.
+what is read on the web comes from one profile. Without a name: all of 00–04, from scratch (`make publish`). With names:
+these alone, and what is done of them already is kept.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -13,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 
 from . import runs
-from .reproduce import FOLDER, NOTEBOOKS, is_noise, reproduce
+from .plots import METHOD_NAMES
+from .reproduce import FOLDER, NOTEBOOKS, STUDY, is_noise, reproduce
 
 BY_HAND = "00_follow_the_flow.ipynb"
 FIGURES = runs.ROOT / "figures"
@@ -56,6 +60,23 @@ def comparison_table(results: Path) -> str:
     return "\n".join(lines)
 
 
+def fit_table(results: Path) -> str:
+    """README's table of the fits: medians over seeds, and the range of the divergence."""
+    rows = pd.DataFrame(runs.read_results(results))
+    lines = ["| titles, target | method | KL(target‖model), nats | seeds: least, most | KL(model‖target) | JS | "
+             "mass on the catalogue | forward tokens | seconds |", "|---|---|---|---|---|---|---|---|---|"]
+    parts = []
+    for (n, target, method, paths, _), same in rows.groupby(["n_titles", "target", "method", "paths", "budget"]):
+        parts.append((n, target, same.kl_target_model.median(), method, paths, same))
+    for n, target, kl, method, paths, same in sorted(parts, key=lambda part: part[:3]):
+        name = METHOD_NAMES[method] + (f", paths {paths}" if paths in ("policy", "schedule") and method != "rloo" else "")
+        values = [f"{same[key].median():.2g}" for key in ("kl_model_target", "js")]
+        spread = f"{same.kl_target_model.min():.2g}, {same.kl_target_model.max():.2g}" if len(same) > 1 else "one seed"
+        lines.append(f"| {n:,}, {target} | {name} | {kl:.2g} | {spread} | {' | '.join(values)} | "
+                     f"{same.catalogue_mass.median():.3f} | {same.forward_tokens.median():,.0f} | {same.seconds.median():.0f} |")
+    return "\n".join(lines)
+
+
 def timing_table(timings: Path) -> str:
     """README's table of times and memory, from the run's timings.json."""
     runs_of: dict[str, Any] = json.loads(timings.read_text(encoding="utf-8"))
@@ -78,17 +99,28 @@ def between(text: str, mark: str, new: str) -> str:
 
 
 def main() -> None:
-    names = (*NOTEBOOKS, BY_HAND)
-    shutil.rmtree(runs.ROOT / "runs" / "publish", ignore_errors=True)  # times are those of a first run
-    folder = reproduce("laptop", "runs/publish", {}, names)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", choices=[*NOTEBOOKS, BY_HAND, STUDY, []], metavar="notebook")
+    names = parser.parse_args().notebooks or (*NOTEBOOKS, BY_HAND)
+    folder = runs.ROOT / "runs" / "publish"
+    if set(NOTEBOOKS) <= set(names) and folder.exists():
+        for path in folder.iterdir():  # times are those of a first run; the study is long, and tells its own
+            if path.name != "fit":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    reproduce("laptop", str(folder), {}, names)
+    FIGURES.mkdir(exist_ok=True)
     for name in names:
         copy_outputs(folder / "notebooks" / name, FOLDER / name)
-    FIGURES.mkdir(exist_ok=True)
-    for path in (*(folder / "figures").glob("*.png"), *(folder / "results").glob("*.json"), folder / "timings.json"):
-        shutil.copy(path, FIGURES)
+        for path in (*(folder / "figures").glob(f"{name[:2]}_*.png"), folder / "results" / f"{Path(name).stem}.json"):
+            shutil.copy(path, FIGURES)
     text = README.read_text(encoding="utf-8")
-    text = between(text, "comparison", comparison_table(FIGURES / "04_bias_and_diversity.json"))
-    README.write_text(between(text, "timings", timing_table(FIGURES / "timings.json")), encoding="utf-8")
+    if set(NOTEBOOKS) <= set(names):
+        shutil.copy(folder / "timings.json", FIGURES)
+        text = between(text, "comparison", comparison_table(FIGURES / "04_bias_and_diversity.json"))
+        text = between(text, "timings", timing_table(FIGURES / "timings.json"))
+    if STUDY in names:
+        text = between(text, "fit", fit_table(FIGURES / f"{Path(STUDY).stem}.json"))
+    README.write_text(text, encoding="utf-8")
     print(f"{len(names)} notebooks, {FIGURES.name}/ and README.md hold the run in {folder}")
 
 

@@ -27,7 +27,7 @@ FITS = [{"label": "SFT", "kl_target_model": 0.01}, {"label": "SFT", "kl_target_m
 CURVES = {"SFT": ([0, 100, 200], [1.0, 0.3, 0.2]), "Flower (SubTB)": ([0, 90, 210], [1.0, 0.2, 0.03])}
 
 PICTURES = {
-    "fitted": lambda axes: plots.fitted(axes, np.log([0.5, 0.3, 0.2]), np.log([0.8, 0.15, 0.05])),
+    "fitted": lambda axes: plots.fitted(axes, np.log([0.5, 0.3, 0.2]), np.log([0.8, 0.15, 0.05]), "SFT"),
     "fit_curves": lambda axes: plots.fit_curves(axes, CURVES, "forward tokens", floor=0.05),
     "fit_summary": lambda axes: plots.fit_summary(axes, FITS, limit=0.05),
     "node_choice": lambda axes: plots.node_choice(axes, ["a", "b", "c"], [0.6, 0.3, 0.1], [0.2, 0.2, 0.6], "here", n=2),

@@ -39,6 +39,13 @@ def test_tables_by_hand(tmp_path):
     assert lines[2] == ("| beam, length-normalised, excluded | SFT | 0.200 [0.100, 0.300] | 0.200 [0.100, 0.300] | "
                         "0.200 [0.100, 0.300] | 0.050 | 7.12 | 0.100 | 20 | 0.900 |")
     assert "Flower" in lines[3]
+    fit = {"n_titles": 100, "target": "counts", "method": "sft", "paths": "reward", "budget": 9, "kl_model_target": 0.1,
+           "js": 0.01, "catalogue_mass": 0.98765, "forward_tokens": 24010, "seconds": 61.7}
+    fits = [fit | {"kl_target_model": kl} for kl in (0.3, 0.1, 0.2)] + [fit | {"method": "subtb", "kl_target_model": 0.05}]
+    runs.write_results(tmp_path / "f.json", fits, {})
+    assert publish.fit_table(tmp_path / "f.json").splitlines()[2:] == [
+        "| 100, counts | Flower (SubTB) | 0.05 | one seed | 0.1 | 0.01 | 0.988 | 24,010 | 62 |",
+        "| 100, counts | SFT | 0.2 | 0.1, 0.3 | 0.1 | 0.01 | 0.988 | 24,010 | 62 |"]
     entry = {"seconds": 10.4, "peak_mb_so_far": 1500, "matmul_1024_seconds": 0.01}
     runs.write_json(tmp_path / "t.json", dict.fromkeys(reproduce.NOTEBOOKS, entry))
     assert publish.timing_table(tmp_path / "t.json").splitlines()[-1] == "| **together** | **42** | peak memory 1.5 GB |"
@@ -48,7 +55,8 @@ def test_tables_by_hand(tmp_path):
 def test_the_readme_states_what_the_results_files_hold():
     text = publish.README.read_text(encoding="utf-8")
     tables = {"comparison": publish.comparison_table(publish.FIGURES / "04_bias_and_diversity.json"),
-              "timings": publish.timing_table(publish.FIGURES / "timings.json")}
+              "timings": publish.timing_table(publish.FIGURES / "timings.json"),
+              "fit": publish.fit_table(publish.FIGURES / "05_fit_a_known_distribution.json")}
     for mark, table in tables.items():
         assert publish.between(text, mark, table) == text
     for name in re.findall(r"figures/[\w.]+", text):
