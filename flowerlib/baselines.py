@@ -63,7 +63,7 @@ def prefer(
 
     Args:
         model: the whole model that `tree` was built on; they share their weights.
-        tokenizer: its tokenizer: for RLOO it reads the tree's prompt back, so prompt and context must be one.
+        tokenizer: its tokenizer, which must read the tree's prompt back as it is: RLOO takes the prompt as text.
         log_item_rewards: (n_items,) log R in nats.
         n: titles a step: n/2 pairs for DPO, n completions for RLOO.
         beta: weight of the KL to the reference.
@@ -72,11 +72,15 @@ def prefer(
         One row an evaluation: step, forward_tokens, seconds, and `fit.measure`.
 
     Raises:
-        ValueError: unknown method; no two titles differ in reward, so that DPO has no pair.
+        ValueError: unknown method; no two titles differ in reward, so that DPO has no pair; the tokenizer changes the
+            prompt.
     """
     if method not in PREFERENCES:
         raise ValueError(f"{method!r} is none of {', '.join(PREFERENCES)}")
     trie, context = tree.trie, tree.context.tolist()
+    prompt = tokenizer.decode(context, skip_special_tokens=True)
+    if tokenizer(prompt).input_ids != context:
+        raise ValueError(f"the tokenizer does not read the prompt {prompt!r} back as it was: use another prompt")
     log_shares = trie.log_flows(log_item_rewards)[trie.leaves] - log_item_rewards.logsumexp(0)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL's own names for options of transformers
@@ -101,7 +105,7 @@ def prefer(
                 return completion_rewards(trie, completion_ids, log_shares).tolist()
 
             options = RLOOConfig(**common, num_generations=n, max_completion_length=trie.max_depth)
-            prompts = Dataset.from_dict({"prompt": [tokenizer.decode(context)] * n})
+            prompts = Dataset.from_dict({"prompt": [prompt] * n})
             trainer = RLOOTrainer(model, reward, options, train_dataset=prompts, processing_class=tokenizer)
             reference, model.config._name_or_path = trainer.ref_model, name
         meter = _Meter(tree, log_item_rewards, budget, evaluations)

@@ -20,7 +20,7 @@ def test_cases_by_hand(chosen):
                         COUNTS)
     small = [(c.target, c.method, c.paths, c.seed, c.budget) for c in found if len(c.titles) == 3]
     assert small == [
-        ("counts", "exact_ce", "all", 0, 200), ("counts", "exact_ce", "all", 1, 200),
+        ("counts", "exact_ce", "all", 0, 200),
         ("counts", "subtb", "reward", 0, 200), ("counts", "subtb", "reward", 1, 200),
         ("counts", "subtb", "policy", 0, 200), ("counts", "subtb", "policy", 1, 200),
         ("counts", "dpo", "pairs", 0, 200), ("counts", "dpo", "pairs", 1, 200),
