@@ -234,14 +234,18 @@ def flow_tree(
 
 
 def fitted(axes: Axes, log_target: ArrayLike, log_model: ArrayLike, name: str, title: str | None = None) -> Axes:
-    """Each title's probability under a model against its target's, both from their logarithms (L,), on log axes."""
+    """Each title's probability under a model against its target's, both from their logarithms (L,), on log axes. Titles
+    below a thirtieth of the rarest target stand at the bottom, as triangles."""
     log_target, log_model = np.asarray(log_target), np.asarray(log_model)
     target, model = np.exp(log_target), np.exp(log_model)
+    bottom = target.min() / 30
+    low = model < bottom
     axes.set(xscale="log", yscale="log", xlabel="target R/Z (log scale)", ylabel="model, exact (log scale)")
     axes.axline((target.min(), target.min()), (target.max(), target.max()), color=STYLES[0][0], linewidth=1.2, zorder=1)
-    axes.plot(target, model, "o", color=STYLES[2][0], markersize=5, alpha=0.6, markeredgewidth=0, zorder=2)
+    for which, values, marker in ((~low, model, "o"), (low, np.full(len(model), bottom), "v")):
+        axes.plot(target[which], values[which], marker, color=STYLES[2][0], markersize=6, alpha=0.6, markeredgewidth=0)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
     return _titled(axes, title or f"{name}: KL {target @ (log_target - log_model):.1g}", width=40)
@@ -257,7 +261,7 @@ def fit_curves(
         axes.plot(cost, kl, color=colour, linestyle=line, marker=marker, label=name)
     if floor is not None:
         axes.axhline(floor, color="0.4", linestyle=":", linewidth=1.5)
-        axes.annotate("a perfect model, measured by draws", (1, floor), xytext=(-4, 3), ha="right", va="bottom",
+        axes.annotate("a perfect model, measured by draws", (0, floor), xytext=(4, -3), ha="left", va="top",
                       xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=11, color="0.3")
     axes.set(yscale="log", xlabel=xlabel, ylabel="KL(target‖model), nats (log scale)")
     axes.set_ylim(bottom=max(axes.get_ylim()[0], LEAST_KL))
