@@ -28,7 +28,7 @@ def test_nothing_changed_nothing_runs(smoke, capsys):
 
 
 def test_the_same_seed_gives_the_same_results_but_for_times(smoke, tmp_path):
-    again = reproduce.reproduce("smoke", str(tmp_path), {})
+    again = reproduce.reproduce("smoke", str(tmp_path), {}, (*reproduce.NOTEBOOKS, reproduce.STUDY))
     for path in sorted((smoke / "results").glob("*.json")):
         first, second = (
             [line for line in (folder / "results" / path.name).read_text().splitlines() if "seconds" not in line]
