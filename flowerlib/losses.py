@@ -10,14 +10,15 @@ from .trie import segment_logsumexp
 FLOOR_LOG_REWARD = -15.0  # what the official code gives the terminator where the prefix is no title
 
 
-def sft_loss(log_pf: Tensor, mask: Tensor) -> Tensor:
+def sft_loss(log_pf: Tensor, mask: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """Mean of −log π over the target tokens, in nats per token: supervised fine-tuning (BIGRec).
 
     Args:
         log_pf: log π(token | prefix, prompt), any shape.
         mask: bool, the same shape: which tokens count.
+        weight: what each token's term is multiplied by before the mean (IFairLRS); averages to 1 over the data.
     """
-    return -torch.where(mask, log_pf, 0).sum() / mask.sum()
+    return -(torch.where(mask, log_pf, 0) * weight).sum() / mask.sum()
 
 
 def subtb_loss(log_pf: Tensor, log_token_rewards: Tensor, mask: Tensor, lam: float = 1.0) -> Tensor:
@@ -65,6 +66,23 @@ def modified_subtb_loss(
     if not steps.any():
         raise ValueError("no path has a token before its terminator")
     return _mean_squared_sums(torch.where(steps, delta, 0), steps, lam)
+
+
+def node_kl_loss(log_pf: Tensor, log_token_rewards: Tensor, n_states: int) -> Tensor:
+    """Mean of KL(r(·|s) ‖ π(·|s)) over the states s of some paths, in nats: zero exactly where π equals the token
+    rewards there.
+
+    Where SubTB looks at the one token that a path takes, this looks at all tokens that could follow: in the forward
+    pass their logits lie there already. Over paths drawn from the reward its sum along a path is, by the chain rule,
+    an unbiased estimate of KL(R/Z ‖ π) of whole titles, off the tree included.
+
+    Deviation: not in the official code.
+
+    Args:
+        log_pf, log_token_rewards: (n,) log π and log r of all edges that leave the states, of all states together.
+        n_states: number of states.
+    """
+    return (log_token_rewards.exp() * (log_token_rewards - log_pf)).sum() / n_states
 
 
 def trajectory_balance_loss(log_pf: Tensor, log_token_rewards: Tensor, mask: Tensor) -> Tensor:

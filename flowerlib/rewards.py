@@ -51,3 +51,48 @@ def count_log_rewards(trie: TitleTrie, counts: Tensor, alpha: float = 1.0) -> Te
     total = per_leaf.index_add(0, trie.item_leaf, counts)
     sharers = per_leaf.index_add(0, trie.item_leaf, torch.ones_like(counts))
     return (alpha * (total + 1).log() - sharers.log())[trie.item_leaf]
+
+
+def preference_log_rewards(trie: TitleTrie, log_item_rewards: Tensor, log_p: Tensor, beta: float = 1.0) -> Tensor:
+    """log R(leaf | u) = log R(leaf) + β · log p_u(leaf): the exact preference reward, per user and item, in nats.
+
+    It is raised up the tree like any reward, so that flow is conserved at every node for every user. Items that share a
+    leaf share it as in `count_log_rewards`.
+
+    Deviation: the paper tilts the edges of a path by the preference for the path's own title (`tilted`).
+
+    Args:
+        log_item_rewards: (n_items,) as of `count_log_rewards`.
+        log_p: (..., n_leaves) log preference of each leaf.
+
+    Returns:
+        (..., n_items).
+    """
+    return log_item_rewards + beta * log_p[..., trie.item_leaf]
+
+
+def tilted(log_token_rewards: Tensor, log_p: Tensor, leaf: Tensor, reward: str, strength: float = 1.0) -> Tensor:
+    """Token rewards tilted by the preference for the title that each path spells: Gao et al. 2025, Sec. 3.
+
+    div: log r / s_ui, s_ui = (p_ui − mean_j p_uj) / (max_j p_uj − min_j p_uj) + 1, and 1 where max = min.
+    add: log r + strength · log p̃_ui, p̃ brought to [1e-8, 1] by the user's minimum and maximum.
+    Flow is not conserved where titles branch: siblings are tilted by different titles.
+
+    Args:
+        log_token_rewards: (B, T) log r along each path.
+        log_p: (B, n_leaves) log preference of each path's user. leaf: (B,) the path's title.
+
+    Raises:
+        ValueError: reward is neither div nor add.
+    """
+    if reward not in ("div", "add"):
+        raise ValueError(f"reward is {reward!r}: choose div or add")
+    p = log_p.double().exp()
+    own, (low, high) = p.gather(1, leaf[:, None]), (p.amin(1, keepdim=True), p.amax(1, keepdim=True))
+    span = high - low
+    flat = span <= 0
+    if reward == "div":
+        s = torch.where(flat, 1.0, (own - p.mean(1, keepdim=True)) / span.masked_fill(flat, 1) + 1)
+        return log_token_rewards / s.to(log_token_rewards)
+    relative = torch.where(flat, 1.0, ((own - low) / span.masked_fill(flat, 1)).clamp(min=1e-8))
+    return log_token_rewards + strength * relative.log().to(log_token_rewards)

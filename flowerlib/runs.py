@@ -47,6 +47,8 @@ class Settings:
     max_history: int = 24  # titles a model sees before the one it predicts
     max_items: int = 0  # keep the most interacted items only (0: all)
     max_users: int = 0  # keep the first users only (0: all)
+    preference_size: int = 64  # width of the preference model p_ui
+    preference_epochs: float = 30.0  # passes over the sequences that train it
     # backbone (notebook 02)
     model: str = "smollm2-135m"  # "smollm2-135m", "tiny", or any causal LM by path or hub id
     frozen_layers: int = 8  # lower layers that run once and are cached (0: none)
@@ -55,6 +57,7 @@ class Settings:
     lora_rank: int = 0  # LoRA on all linear layers of this rank (0: all trained weights)
     # training (notebooks 02 and 03)
     rows: str = "sequence"  # "sequence": every title of a user is a target; "target": one target per prompt
+    reweight: bool = False  # IFairLRS: targets weigh in by their popularity group; meant for rows="target"
     learning_rate: float = 1e-3
     batch_size: int = 8  # rows a step
     device_batch: int = 8  # rows that a device takes at a time; gradients add up to batch_size
@@ -63,8 +66,11 @@ class Settings:
     validation_rows: int = 256  # rows of valid.parquet that choose the checkpoint (0: all)
     # Flower (notebook 03)
     counts: str = "true"  # or "windowed": counts of the official code
-    alpha: float = -2.0  # reward = (count + 1)^alpha: 1 is the paper's, below 0 it falls with popularity
-    theta: float = 0.99  # loss = theta * SFT + (1 - theta) * flow
+    reward: str = "exact"  # "none": counts alone; "exact": counts^alpha * p_ui^beta; "div", "add": the paper's tilts
+    alpha: float = -0.25  # of (count + 1)^alpha in the reward: 1 is the paper's, below 0 it falls with popularity
+    beta: float = 1.0  # of p_ui^beta in the reward "exact"; strength of "add"
+    flow: str = "children"  # "subtb", the paper's, or "children": KL to the token rewards at every node of a path
+    theta: float = 0.5  # loss = theta * SFT + (1 - theta) * flow
     lam: float = 1.0  # SubTB's lambda
     paths: str = "logged"  # "logged": the data's own titles; "reward": drawn from the flow; "policy": from the model
     # decoding (notebook 04)
@@ -83,23 +89,25 @@ class Settings:
                 raise ValueError(f"{f.name} is {value}: it must lie between {low} and {high}")
         if self.epochs <= 0 or math.isinf(self.alpha):
             raise ValueError(f"epochs is {self.epochs} and alpha {self.alpha}: the first must be positive, both finite")
+        if self.flow == "children" and self.reward in ("div", "add"):
+            raise ValueError(f"reward {self.reward!r} is of one path, not of a node's children: set flow to subtb")
         if self.tuned_layers and not self.frozen_layers:
             raise ValueError("tuned_layers without frozen_layers would throw the lower layers away: set both or neither")
 
 
 _CHOICES = {
     "split": ("leave-one-out", "time"), "rows": ("sequence", "target"), "counts": ("true", "windowed"),
-    "paths": ("logged", "reward", "policy"),
+    "paths": ("logged", "reward", "policy"), "reward": ("none", "exact", "div", "add"), "flow": ("subtb", "children"),
 }
 _RANGES = {  # all other numbers are 0 or more
     "max_history": (1, math.inf), "batch_size": (1, math.inf), "device_batch": (1, math.inf),
     "evaluations": (1, math.inf), "n_beams": (1, math.inf), "decode_batch": (1, math.inf),
-    "alpha": (-math.inf, math.inf), "theta": (0, 1), "lam": (0, 1),
+    "alpha": (-math.inf, math.inf), "preference_size": (2, math.inf), "theta": (0, 1), "lam": (0, 1),
 }
 
 PROFILES: dict[str, Settings] = {
     "smoke": Settings(
-        profile="smoke", max_items=80, max_users=60, max_history=8, model="tiny", frozen_layers=1,
+        profile="smoke", max_items=80, max_users=60, max_history=8, preference_size=16, model="tiny", frozen_layers=1,
         tuned_layers=1, learning_rate=3e-3, epochs=6.0, evaluations=2,
     ),
     "laptop": Settings(),
@@ -107,7 +115,7 @@ PROFILES: dict[str, Settings] = {
         profile="paper", dataset="video_games", data_path="data/video_games", category="video game", split="time",
         max_history=10, model="Qwen/Qwen2.5-1.5B", frozen_layers=0, tuned_layers=0, cut_vocabulary=False,
         rows="target", learning_rate=3e-4, batch_size=256, epochs=7.0, evaluations=7, counts="windowed",
-        alpha=1.0, theta=0.9995, paths="policy",
+        reward="div", alpha=1.0, flow="subtb", theta=0.9995, paths="policy",
     ),
 }
 

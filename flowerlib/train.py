@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,18 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import data, runs
+from . import data, metrics, runs
 from .backbone import split_layers
-from .losses import sft_loss, subtb_loss
+from .losses import node_kl_loss, sft_loss, subtb_loss
 from .policy import Catalogue, left_padded, positions, sample_leaves
+from .preference import PreferenceModel, right_padded
+from .rewards import preference_log_rewards, tilted
 from .runs import Settings
 from .trie import TitleTrie
 
 NO_TARGET, EOS_TARGET = -1, -2  # values in a row's `nodes` where there is no trie node
 LORA_TARGETS = "all-linear"
+MODULES = ("backbone", "data", "losses", "policy", "preference", "rewards", "runs", "train", "trie")  # what tunes a model
 
 
 class Rows(Dataset):
@@ -41,19 +44,23 @@ class Rows(Dataset):
 
     Attributes:
         input_ids, nodes: lists of (L,) int64 arrays; nodes is NO_TARGET on the prompt and EOS_TARGET on an eos.
+        leaves: lists of leaf ids, the history's and then the targets'. n_history: how many are the history's.
         hidden: what the frozen trunk makes of all rows' tokens, (Σ L, H) float16, or None.
     """
 
-    def __init__(self, input_ids: list[np.ndarray], nodes: list[np.ndarray]):
-        self.input_ids, self.nodes = input_ids, nodes
+    def __init__(
+        self, input_ids: list[np.ndarray], nodes: list[np.ndarray], leaves: list[list[int]], n_history: list[int]
+    ):
+        self.input_ids, self.nodes, self.leaves, self.n_history = input_ids, nodes, leaves, n_history
         self.start = np.r_[0, np.cumsum([len(ids) for ids in input_ids])]
         self.hidden: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        row = {"input_ids": self.input_ids[i], "nodes": self.nodes[i]}
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row = {"input_ids": self.input_ids[i], "nodes": self.nodes[i], "leaves": self.leaves[i],
+               "n_history": self.n_history[i]}
         if self.hidden is not None:
             row["hidden"] = self.hidden[self.start[i] : self.start[i + 1]]
         return row
@@ -107,6 +114,7 @@ def make_rows(catalogue: Catalogue, histories: Sequence[Sequence[int]], targets:
         targets: item positions of each row's targets (one in the paper's form, a whole sequence in the other).
     """
     item_paths = [path[path >= 0].numpy() for path in catalogue.trie.paths(catalogue.trie.leaf)]
+    item_leaf = catalogue.trie.item_leaf.tolist()
     ids, nodes = [], []
     for history, wanted in zip(histories, targets, strict=True):
         prompt = catalogue.context(history)
@@ -115,7 +123,8 @@ def make_rows(catalogue: Catalogue, histories: Sequence[Sequence[int]], targets:
         nodes.append(np.concatenate(
             [np.full(len(prompt), NO_TARGET), *(item_paths[i] for i in wanted), np.full(len(tail), EOS_TARGET)]
         ).astype(np.int64))
-    return Rows(ids, nodes)
+    leaves = [[item_leaf[i] for i in (*history, *wanted)] for history, wanted in zip(histories, targets)]
+    return Rows(ids, nodes, leaves, list(map(len, histories)))
 
 
 def training_rows(catalogue: Catalogue, tables: data.Tables, chosen: Settings) -> Rows:
@@ -140,17 +149,36 @@ def validation_rows(catalogue: Catalogue, tables: data.Tables, chosen: Settings)
     return make_rows(catalogue, [histories[i] for i in keep], [[targets[i]] for i in keep])
 
 
-def collate(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Rows → input_ids, attention_mask, nodes (B, L) and, with a trunk, inputs_embeds (B, L, H); left-padded."""
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Rows → input_ids, attention_mask, nodes (B, L) and, with a trunk, inputs_embeds (B, L, H), padded on the left;
+    leaves (B, M), -1 on the right, and n_history (B,)."""
     ids, mask = left_padded([row["input_ids"].tolist() for row in rows])
     nodes, _ = left_padded([row["nodes"].tolist() for row in rows], pad=NO_TARGET)
-    batch = {"input_ids": ids, "attention_mask": mask, "nodes": nodes}
+    batch = {"input_ids": ids, "attention_mask": mask, "nodes": nodes,
+             "leaves": right_padded([row["leaves"] for row in rows], -1),
+             "n_history": torch.tensor([row["n_history"] for row in rows])}
     if "hidden" in rows[0]:
         hidden = torch.zeros(*ids.shape, rows[0]["hidden"].shape[-1])
         for i, row in enumerate(rows):
             hidden[i, ids.shape[1] - len(row["hidden"]) :] = torch.from_numpy(np.asarray(row["hidden"], np.float32))
         batch["inputs_embeds"] = hidden
     return batch
+
+
+def fair_weights(catalogue: Catalogue, tables: data.Tables, n_groups: int = 8) -> Tensor:
+    """(n_leaves,) IFairLRS' weight of each target: its popularity group's share in the training rows' histories over its
+    share in their targets. Where every interaction is a target it is close to 1: it needs one-target rows.
+
+    Source: Jiang et al., WWW 2024. Deviation: the official code multiplies a loss that is averaged already, so that
+    the weights cancel out of the comparison between targets.
+    """
+    leaf, n_leaves = catalogue.trie.item_leaf.numpy(force=True), len(catalogue.trie.leaves)
+    target = pd.Index(tables.items.item_id).get_indexer(tables.train.target)
+    targets = np.bincount(leaf[target], minlength=n_leaves)
+    histories = np.bincount(leaf, weights=data.item_counts(tables, "windowed"), minlength=n_leaves)
+    groups = metrics.popularity_groups(targets, min(n_groups, int((targets > 0).sum())))
+    share = metrics.group_shares(histories, groups) / metrics.group_shares(targets, groups)
+    return torch.from_numpy(share[groups])
 
 
 class LikeLengths(Sampler[int]):
@@ -177,26 +205,31 @@ class FlowerTrainer(Trainer):
     """transformers' Trainer with Flower's loss θ · L_SFT + (1 − θ) · L_flow; θ = 1 is SFT.
 
     Args:
-        trie, log_token_rewards: the flow's tree and (n_nodes,) log r(parent → s), nats.
-        theta, lam, paths: see `runs.Settings`. Paths are the logged titles, or one title a prompt drawn from the
-            flow or from the model itself under the trie's mask; log π is over the whole vocabulary.
+        trie, log_item_rewards: the flow's tree and (n_items,) log R, nats, alike for all users.
+        chosen: theta, lam, flow, paths, reward and beta are used (see `runs.Settings`). Paths are the logged titles, or
+            one title a row drawn from the flow or from the model itself under the trie's mask; log π is over the whole
+            vocabulary.
+        preference: p_ui, for every reward but "none". It reads the titles of the row itself.
+        leaf_weights: (n_leaves,) weight of each target in the SFT loss (IFairLRS), or None.
 
     Deviation: where the official code samples through a switched-off cache, so that all tokens but the first ignore
-    the prompt, paths here see the whole prompt. Sampled paths share one forward pass with the logged row.
+    the prompt, paths here see the whole prompt. Sampled paths share one forward pass with the logged row. Preferences
+    are those of the very row (the official code takes training rows' by index in validation).
     """
 
     def __init__(
-        self, *args: Any, trie: TitleTrie, log_token_rewards: Tensor, theta: float, lam: float, paths: str,
-        **kwargs: Any,
+        self, *args: Any, trie: TitleTrie, log_item_rewards: Tensor, chosen: Settings,
+        preference: PreferenceModel | None = None, leaf_weights: Tensor | None = None, **kwargs: Any,
     ):
-        if paths not in ("logged", "reward", "policy"):
-            raise ValueError(f"paths is {paths!r}: choose logged, reward or policy")
         super().__init__(*args, data_collator=collate, **kwargs)
-        self.trie = trie.to(self.args.device)
-        self.log_r = log_token_rewards.float().to(self.args.device)
-        self.theta, self.lam, self.paths = theta, lam, paths
-        path = self.trie.paths(self.trie.leaves)
-        self.leaf_share = torch.where(path >= 0, self.log_r[path], 0).sum(-1).exp()  # (n_leaves,) R / Z
+        device = self.args.device
+        self.trie, self.chosen, self.theta = trie.to(device), chosen, chosen.theta
+        self.log_item_rewards = log_item_rewards.float().to(device)
+        self.log_r = self.trie.log_token_rewards(self.log_item_rewards)
+        self.leaf_weights = None if leaf_weights is None else leaf_weights.float().to(device)
+        self.preference = preference.eval().to(device) if preference is not None else None
+        if chosen.theta < 1 and chosen.reward != "none" and preference is None:
+            raise ValueError(f"reward {chosen.reward!r} needs a preference model: run notebook 01, or set reward to none")
         self.model_accepts_loss_kwargs = False
         self._parts: dict[str, list[Tensor]] = {}
 
@@ -209,14 +242,21 @@ class FlowerTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         batch = dict(inputs)
-        nodes, mask = batch.pop("nodes"), batch["attention_mask"]
+        nodes, leaves, n_history = (batch.pop(name) for name in ("nodes", "leaves", "n_history"))
+        mask = batch["attention_mask"]
+        starts = (nodes >= 0) & (self.trie.depth[nodes.clamp(min=0)] == 1)
+        before = (n_history[:, None] + starts.cumsum(-1) - 1).clamp(min=0)  # titles before the one that a token is of
         predictor = torch.arange(nodes.shape[1], device=nodes.device).expand_as(nodes) - 1
         sampled = torch.zeros_like(nodes, dtype=torch.bool)
         batch["position_ids"] = positions(mask)
+        log_p = self._log_p(leaves) if self.theta < 1 else None
+        if self.theta < 1 and self.chosen.paths != "logged" and model.training:
+            branch = torch.multinomial(starts.float(), 1)  # (B, 1) the column at which a rival of a target starts
+            rivals = self.trie.paths(self._draw_leaves(model, batch, branch, before, log_p))
+            batch, predictor, sampled = self._packed(batch, rivals, branch)
+            nodes = torch.cat([nodes, torch.where(rivals >= 0, rivals, NO_TARGET)], 1)
+            before = torch.cat([before, before.gather(1, branch).expand_as(rivals)], 1)
         tokens = batch["input_ids"]
-        if self.theta < 1 and self.paths != "logged" and model.training:
-            batch, nodes, predictor, sampled = self._with_sampled_paths(model, batch, nodes)
-            tokens = batch["input_ids"]
         if "inputs_embeds" in batch:
             del batch["input_ids"]
         target = nodes != NO_TARGET
@@ -224,39 +264,70 @@ class FlowerTrainer(Trainer):
         logits = model(**batch, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
         rows = target.nonzero()[:, 0]
         chosen = logits[rows, predictor[target] - first].float()
-        log_pf = chosen.gather(1, tokens[target][:, None])[:, 0] - chosen.logsumexp(-1)
-        reached, drawn = nodes[target], sampled[target]
-        loss = sft = sft_loss(log_pf, ~drawn)
+        norm = chosen.logsumexp(-1)
+        log_pf = chosen.gather(1, tokens[target][:, None])[:, 0] - norm
+        drawn = sampled[target]
+        loss = sft = sft_loss(log_pf, ~drawn, self._weights(leaves, rows, before[target]))
         self._note("sft", sft)
         if self.theta < 1:
-            in_flow = (reached >= 0) & (drawn if drawn.any() else ~drawn)
-            flow = self._flow_loss(log_pf[in_flow], reached[in_flow])
+            use = (nodes[target] >= 0) & (drawn if drawn.any() else ~drawn)
+            log_p = log_p[rows, before[target]][use] if log_p is not None else None
+            flow = self._flow_loss(chosen[use], norm[use], log_pf[use], nodes[target][use], log_p)
             self._note("flow", flow)
             loss = self.theta * sft + (1 - self.theta) * flow
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _flow_loss(self, log_pf: Tensor, nodes: Tensor) -> Tensor:
-        """SubTB over titles laid one after the other: log π (n,) and the nodes reached (n,)."""
+    @torch.no_grad()
+    def _log_p(self, leaves: Tensor) -> Tensor | None:
+        """(B, M, n_leaves) log p_ui after the first 0, 1, … titles of each row, or None where no reward asks."""
+        return None if self.chosen.reward == "none" else self.preference.log_p(leaves[:, :-1])
+
+    def _weights(self, leaves: Tensor, rows: Tensor, before: Tensor) -> Tensor | float:
+        """Each target token's weight: its title's."""
+        return 1.0 if self.leaf_weights is None else self.leaf_weights[leaves[rows, before]]
+
+    def _flow_loss(self, logits: Tensor, norm: Tensor, log_pf: Tensor, nodes: Tensor, log_p: Tensor | None) -> Tensor:
+        """The flow loss over titles laid one after the other.
+
+        Args:
+            logits, norm, log_pf: of the tokens, (n, V), (n,) and (n,). nodes: (n,) the nodes that they reach.
+            log_p: (n, n_leaves) preferences of the user at that place, or None.
+        """
         depth = self.trie.depth[nodes] - 1
         path = (depth == 0).cumsum(0) - 1
+        log_p = log_p[depth == 0] if log_p is not None else None
+        if log_p is not None and self.chosen.reward == "exact":
+            log_r = self.trie.log_token_rewards(
+                preference_log_rewards(self.trie, self.log_item_rewards, log_p, self.chosen.beta)
+            )
+        else:
+            log_r = self.log_r.expand(int(path[-1]) + 1, -1)
+        if self.chosen.flow == "children":
+            edge, children = self.trie.children(self.trie.parent[nodes])
+            log_pf = logits[edge, self.trie.token[children]] - norm[edge]
+            return node_kl_loss(log_pf, log_r[path[edge], children], len(nodes))
         shape = (int(path[-1]) + 1, int(depth.max()) + 1)
         mask = torch.zeros(shape, dtype=torch.bool, device=nodes.device)
         mask[path, depth] = True
         rows_pf, rows_r = (torch.zeros(shape, device=nodes.device) for _ in range(2))
         rows_pf = rows_pf.index_put((path, depth), log_pf)
-        rows_r[path, depth] = self.log_r[nodes]
-        return subtb_loss(rows_pf, rows_r, mask, self.lam)
+        rows_r[path, depth] = log_r[path, nodes]
+        if self.chosen.reward in ("div", "add"):
+            ends = torch.cat([depth[1:] == 0, torch.ones_like(depth[:1], dtype=torch.bool)])
+            rows_r = tilted(rows_r, log_p, self.trie.node_leaf[nodes[ends]], self.chosen.reward, self.chosen.beta)
+        return subtb_loss(rows_pf, rows_r, mask, self.chosen.lam)
 
-    def _with_sampled_paths(
-        self, model: PreTrainedModel, batch: dict[str, Tensor], nodes: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-        """One drawn title a row, packed behind it: a rival of one of the row's targets, it sees what stands before that.
+    def _packed(
+        self, batch: dict[str, Tensor], path: Tensor, branch: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """One more title a row, packed behind it: it sees what stands before the column `branch`, and itself.
 
-        Returns the batch with a (B, 1, L', L') mask, and nodes, predictor and sampled, (B, L') each.
+        Args:
+            path: (B, T) nodes of the title, -1 after its end. branch: (B, 1).
+
+        Returns:
+            The batch with a (B, 1, L', L') mask, and predictor and sampled, (B, L') each.
         """
-        starts = (nodes >= 0) & (self.trie.depth[nodes.clamp(min=0)] == 1)
-        branch = torch.multinomial(starts.float(), 1)  # (B, 1) the column at which the rival starts
-        path = self.trie.paths(self._draw_leaves(model, batch, branch))
         drawn = path >= 0
         ids, mask = batch["input_ids"], batch["attention_mask"]
         n, width = ids.shape
@@ -273,14 +344,19 @@ class FlowerTrainer(Trainer):
             "attention_mask": visible[:, None],
             "position_ids": torch.cat([position, position.gather(1, branch) + column[: path.shape[1]]], 1),
         }
-        sampled = torch.cat([torch.zeros_like(mask, dtype=torch.bool), drawn], 1)
-        return packed, torch.cat([nodes, torch.where(drawn, path, NO_TARGET)], 1), predictor, sampled
+        return packed, predictor, torch.cat([torch.zeros_like(mask, dtype=torch.bool), drawn], 1)
 
     @torch.no_grad()
-    def _draw_leaves(self, model: PreTrainedModel, batch: dict[str, Tensor], branch: Tensor) -> Tensor:
-        """(B,) one leaf a row, from the flow or from the model after the row's columns before `branch`."""
-        if self.paths == "reward":
-            return self.trie.leaves[torch.multinomial(self.leaf_share, len(branch), replacement=True)]
+    def _draw_leaves(
+        self, model: PreTrainedModel, batch: dict[str, Tensor], branch: Tensor, before: Tensor, log_p: Tensor | None
+    ) -> Tensor:
+        """(B,) one leaf a row, from the flow of the user there or from the model after the columns before `branch`."""
+        if self.chosen.paths == "reward":
+            log_rewards = self.log_item_rewards.expand(len(branch), -1)
+            if self.chosen.reward == "exact":
+                log_p = log_p[torch.arange(len(branch), device=branch.device), before.gather(1, branch)[:, 0]]
+                log_rewards = preference_log_rewards(self.trie, log_rewards, log_p, self.chosen.beta)
+            return self.trie.leaf[torch.multinomial(log_rewards.softmax(-1), 1)[:, 0]]
         ids, mask = batch["input_ids"], batch["attention_mask"]
         width = ids.shape[1]
         column = torch.arange(width, device=ids.device)
@@ -306,6 +382,7 @@ class FlowerTrainer(Trainer):
 def train(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, catalogue: Catalogue, tables: data.Tables,
     chosen: Settings, folder: Path, cache: Path, log_item_rewards: Tensor | None = None,
+    preference: PreferenceModel | None = None,
 ) -> pd.DataFrame:
     """Tunes `model` in place and saves it, with tokenizer, items and settings, under `folder`, ready for `recommend`.
 
@@ -315,6 +392,7 @@ def train(
     Args:
         cache: folder in which the frozen layers' output is kept, shared by the runs on one backbone.
         log_item_rewards: (n_items,) log R in nats for Flower; None is SFT.
+        preference: p_ui, needed by every reward but "none".
 
     Returns:
         The log: columns step, loss, kind ("train" or "validation"), sft and flow (nats per token, nats²).
@@ -324,14 +402,15 @@ def train(
             that is not positive.
     """
     theta = 1.0 if log_item_rewards is None else chosen.theta
-    if chosen.frozen_layers and chosen.paths != "logged" and theta < 1:
+    if theta < 1 and chosen.frozen_layers and chosen.paths != "logged":
         raise ValueError("paths that are drawn need every layer at hand: set frozen_layers and tuned_layers to 0 in 02")
     rows, valid = training_rows(catalogue, tables, chosen), validation_rows(catalogue, tables, chosen)
     _check_lengths(model, catalogue, (rows, valid))
     log_item_rewards = torch.zeros(catalogue.trie.n_items) if log_item_rewards is None else log_item_rewards
+    of_preference = list(preference.parameters()) if preference is not None else []
     plan = {
-        "settings": asdict(chosen), "theta": theta, "code": runs.code_digest(), "valid": valid.digest(),
-        "train": rows.digest(log_item_rewards, *model.parameters()),
+        "settings": asdict(chosen), "theta": theta, "code": runs.code_digest(*MODULES), "valid": valid.digest(),
+        "train": rows.digest(log_item_rewards, *model.parameters(), *of_preference),
     }
     finished = _finished(model, folder, plan)
     if finished is not None:
@@ -356,8 +435,8 @@ def train(
     logging.set_verbosity_error()
     trainer = FlowerTrainer(
         tuned, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[_OneBar()], trie=catalogue.trie,
-        log_token_rewards=catalogue.trie.log_token_rewards(log_item_rewards), theta=theta, lam=chosen.lam,
-        paths=chosen.paths,
+        log_item_rewards=log_item_rewards, chosen=replace(chosen, theta=theta), preference=preference,
+        leaf_weights=fair_weights(catalogue, tables) if chosen.reweight else None,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last)
