@@ -36,7 +36,7 @@ from .trie import TitleTrie
 
 NO_TARGET, EOS_TARGET = -1, -2  # values in a row's `nodes` where there is no trie node
 LORA_TARGETS = "all-linear"
-MODULES = ("backbone", "data", "losses", "policy", "preference", "rewards", "runs", "train", "trie")  # what tunes a model
+MODULES = ("backbone", "data", "losses", "policy", "preference", "rewards", "train", "trie")  # what tunes a model
 
 
 class Rows(Dataset):
@@ -221,6 +221,8 @@ class FlowerTrainer(Trainer):
         self, *args: Any, trie: TitleTrie, log_item_rewards: Tensor, chosen: Settings,
         preference: PreferenceModel | None = None, leaf_weights: Tensor | None = None, **kwargs: Any,
     ):
+        if chosen.theta < 1 and chosen.reward != "none" and preference is None:
+            raise ValueError(f"reward {chosen.reward!r} needs a preference model: run notebook 01, or set reward to none")
         super().__init__(*args, data_collator=collate, **kwargs)
         device = self.args.device
         self.trie, self.chosen, self.theta = trie.to(device), chosen, chosen.theta
@@ -228,8 +230,6 @@ class FlowerTrainer(Trainer):
         self.log_r = self.trie.log_token_rewards(self.log_item_rewards)
         self.leaf_weights = None if leaf_weights is None else leaf_weights.float().to(device)
         self.preference = preference.eval().to(device) if preference is not None else None
-        if chosen.theta < 1 and chosen.reward != "none" and preference is None:
-            raise ValueError(f"reward {chosen.reward!r} needs a preference model: run notebook 01, or set reward to none")
         self.model_accepts_loss_kwargs = False
         self._parts: dict[str, list[Tensor]] = {}
 

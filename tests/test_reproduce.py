@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from flowerlib import launch, policy, reproduce, runs, study
+from flowerlib import decoding, launch, reproduce, runs, study
 
 
 def test_smoke_leaves_results_figures_and_pages(smoke):
@@ -48,23 +48,23 @@ def test_an_override_holds_in_the_notebooks_after_it_and_an_error_is_one_sentenc
 
 
 def test_recommend_for_a_new_user_in_three_lines(smoke):
-    items = policy.pd.read_parquet(smoke / "flower" / "items.parquet")
+    items = decoding.pd.read_parquet(smoke / "flower" / "items.parquet")
     history = [items.item_id[0], items.title[1]]
-    found = policy.recommend(smoke / "flower", history, k=5)
+    found = decoding.recommend(smoke / "flower", history, k=5)
     assert len(found) == 5 and found.score.is_monotonic_decreasing
     assert not set(found.title) & set(items.title[:2])
-    assert found.head(1).equals(policy.recommend(smoke / "flower", history, k=1))
+    assert found.head(1).equals(decoding.recommend(smoke / "flower", history, k=1))
     with pytest.raises(ValueError, match="k is 0"):
-        policy.recommend(smoke / "flower", history, k=0)
-    assert policy.recommend(smoke / "flower", items.title[1], k=1).equals(
-        policy.recommend(smoke / "flower", [f" {items.title[1]} "], k=1)
+        decoding.recommend(smoke / "flower", history, k=0)
+    assert decoding.recommend(smoke / "flower", items.title[1], k=1).equals(
+        decoding.recommend(smoke / "flower", [f" {items.title[1]} "], k=1)
     )
     with pytest.raises(ValueError, match=f"did you mean .*{items.title[1]}"):
-        policy.recommend(smoke / "flower", [items.title[1] + "s"])
+        decoding.recommend(smoke / "flower", [items.title[1] + "s"])
     with pytest.raises(ValueError, match="neither an item id nor a title"):
-        policy.recommend(smoke / "flower", ["no such film"])
+        decoding.recommend(smoke / "flower", ["no such film"])
     with pytest.raises(FileNotFoundError, match="run notebook 02 or 03 first"):
-        policy.recommend(smoke / "nothing", [])
+        decoding.recommend(smoke / "nothing", [])
 
 
 def test_misspelt_parameters_and_profiles_are_errors(tmp_path):

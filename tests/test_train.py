@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from flowerlib import backbone, data, losses, policy, rewards, runs, train
+from flowerlib import backbone, data, decoding, losses, policy, preference, rewards, runs, train
 
 TITLES = ["Toy Story", "Toy Story 2", "Toy Soldiers", "Heat", "Fargo", "The Rock", "The Big Heat"]
 HISTORIES, TARGETS = [[0, 1], [3], [2, 4, 5]], [[2, 3], [6, 0, 1], [1]]
@@ -17,11 +17,12 @@ def world(form="sequence"):
     return model, tokenizer, policy.Catalogue.build(tokenizer, TITLES, "movie", form)
 
 
-def trainer(model, catalogue, folder, theta=0.7, paths="logged"):
+def trainer(model, catalogue, folder, theta=0.7, paths="logged", reward="none", flow="subtb", **more):
     counts = torch.arange(1, len(TITLES) + 1)
+    chosen = replace(runs.PROFILES["smoke"], theta=theta, paths=paths, reward=reward, flow=flow, beta=0.5)
     return train.FlowerTrainer(
-        model, TrainingArguments(str(folder), report_to="none"), trie=catalogue.trie, theta=theta, lam=1.0, paths=paths,
-        log_token_rewards=catalogue.trie.log_token_rewards(rewards.count_log_rewards(catalogue.trie, counts)),
+        model, TrainingArguments(str(folder), report_to="none"), trie=catalogue.trie, chosen=chosen,
+        log_item_rewards=rewards.count_log_rewards(catalogue.trie, counts), **more,
     )
 
 
@@ -75,13 +76,14 @@ def test_packed_paths_see_the_prompt_and_nothing_else(tmp_path, paths, form):
     targets = [wanted[:1] for wanted in TARGETS] if form == "target" else TARGETS
     rows = train.make_rows(catalogue, HISTORIES, targets)
     batch = train.collate([rows[i] for i in range(3)])
-    batch["position_ids"] = train.positions(batch["attention_mask"])
-    nodes = batch.pop("nodes")
-    packed, reached, predictor, sampled = made._with_sampled_paths(model, batch, nodes)
+    nodes, before = batch["nodes"], torch.zeros_like(batch["nodes"])
+    branch = torch.multinomial(((nodes >= 0) & (catalogue.trie.depth[nodes.clamp(min=0)] == 1)).float(), 1)
+    drawn = made._draw_leaves(model, batch, branch, before, None)
+    packed, predictor, sampled = made._packed(batch, catalogue.trie.paths(drawn), branch)
     logits = model(**packed, use_cache=False).logits.log_softmax(-1)
     for row, history in enumerate(HISTORIES):
         columns = sampled[row].nonzero()[:, 0]
-        item = catalogue.trie.leaf.tolist().index(int(reached[row, columns[-1]]))
+        item = catalogue.trie.leaf.tolist().index(int(drawn[row]))
         packed_log_pf = logits[row, predictor[row, columns], packed["input_ids"][row, columns]]
         behind = int((nodes[row, : predictor[row, columns[0]] + 1] >= 0).sum())  # target tokens before the branch
         ends = np.cumsum([len(catalogue.sequences[t]) for t in targets[row]])
@@ -117,10 +119,83 @@ def test_sampled_paths_need_every_layer():
         train.train(None, None, None, None, chosen, None, None, torch.zeros(7))
 
 
-def test_unknown_paths_are_refused(tmp_path):
+def test_a_reward_with_preference_needs_the_model_of_it(tmp_path):
     model, _, catalogue = world()
-    with pytest.raises(ValueError, match="choose logged, reward or policy"):
-        trainer(model, catalogue, tmp_path, paths="off")
+    with pytest.raises(ValueError, match="needs a preference model"):
+        trainer(model, catalogue, tmp_path, reward="exact")
+
+
+def preference_model():
+    torch.manual_seed(0)
+    config = preference.GPT2Config(vocab_size=len(TITLES) + 1, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    return preference.PreferenceModel(config).eval()
+
+
+@pytest.mark.parametrize("reward", ["exact", "div", "add"])
+def test_preferences_are_those_of_the_rows_own_titles(tmp_path, reward):
+    """Against one unpadded row per title, with the preference after just the titles that stand before it."""
+    model, _, catalogue = world()
+    likes, trie = preference_model(), catalogue.trie
+    made = trainer(model.eval(), catalogue, tmp_path, reward=reward, preference=likes)
+    rows = train.make_rows(catalogue, HISTORIES, TARGETS)
+    loss = made.compute_loss(model, train.collate([rows[i] for i in range(3)]))
+    counts = rewards.count_log_rewards(trie, torch.arange(1, len(TITLES) + 1)).float()
+    pairs, sft = [], []
+    for history, wanted in zip(HISTORIES, TARGETS):
+        for n, target in enumerate(wanted):
+            log_p = likes.after([[*history, *wanted[:n]]])[0]
+            log_r = trie.log_token_rewards(counts + (0.5 * log_p[trie.item_leaf] if reward == "exact" else 0))
+            log_pf, log_r = naive(model, catalogue, wanted[:n], log_r, history, target)
+            if reward != "exact":
+                log_r = rewards.tilted(log_r[None], log_p[None], trie.item_leaf[[target]], reward, 0.5)[0]
+            pairs.append((log_pf, log_r))
+            sft.append(-log_pf)
+    torch.testing.assert_close(loss, 0.7 * torch.cat(sft).mean() + 0.3 * subtb(pairs))
+
+
+def test_the_children_form_is_the_divergence_at_every_node_of_the_titles(tmp_path):
+    model, _, catalogue = world()
+    trie, likes = catalogue.trie, preference_model()
+    made = trainer(model.eval(), catalogue, tmp_path, theta=0.0, reward="exact", flow="children", preference=likes)
+    rows = train.make_rows(catalogue, HISTORIES, TARGETS)
+    loss = made.compute_loss(model, train.collate([rows[i] for i in range(3)]))
+    counts = rewards.count_log_rewards(trie, torch.arange(1, len(TITLES) + 1)).float()
+    divergences = []
+    for history, wanted in zip(HISTORIES, TARGETS):
+        for n, target in enumerate(wanted):
+            log_p = likes.after([[*history, *wanted[:n]]])[0]
+            log_r = trie.log_token_rewards(counts + 0.5 * log_p[trie.item_leaf])
+            ids = [*catalogue.context(history), *(t for item in wanted[:n] for t in catalogue.sequences[item])]
+            sequence, node = catalogue.sequences[target], 0
+            logits = model(torch.tensor([ids + sequence])).logits[0].log_softmax(-1)
+            for t, token in enumerate(sequence):
+                children = range(int(trie.child_start[node]), int(trie.child_start[node + 1]))
+                divergences.append(sum(log_r[c].exp() * (log_r[c] - logits[len(ids) + t - 1, trie.token[c]])
+                                       for c in children))
+                node = int(trie.advance(torch.tensor([node]), torch.tensor([token]))[0])
+    torch.testing.assert_close(loss, torch.stack(divergences).mean())
+
+
+def test_weights_of_targets_stand_inside_the_mean(tmp_path):
+    model, _, catalogue = world()
+    weights = torch.arange(len(TITLES)) / 3
+    made = trainer(model.eval(), catalogue, tmp_path, theta=1.0, leaf_weights=weights)
+    rows = train.make_rows(catalogue, HISTORIES, TARGETS)
+    loss = made.compute_loss(model, train.collate([rows[i] for i in range(3)]))
+    terms = [-weights[target] * naive(model, catalogue, wanted[:n], made.log_r, history, target)[0]
+             for history, wanted in zip(HISTORIES, TARGETS) for n, target in enumerate(wanted)]
+    torch.testing.assert_close(loss, torch.cat(terms).mean())
+
+
+@pytest.mark.parametrize("paths", ["reward", "policy"])
+def test_drawn_paths_train_with_preferences(tmp_path, paths):
+    model, _, catalogue = world()
+    made = trainer(model.train(), catalogue, tmp_path, paths=paths, reward="exact", flow="children",
+                   preference=preference_model())
+    rows = train.make_rows(catalogue, HISTORIES, TARGETS)
+    torch.manual_seed(0)
+    made.compute_loss(model, train.collate([rows[i] for i in range(3)])).backward()
+    assert torch.isfinite(model.lm_head.weight.grad).all()
 
 
 def test_rows_hold_every_target_once():
@@ -150,7 +225,8 @@ def test_the_trunk_is_run_again_for_other_rows_or_weights_and_only_then(tmp_path
 
 
 TINY = replace(
-    runs.PROFILES["smoke"], max_history=3, epochs=4.0, batch_size=2, evaluations=3, frozen_layers=1, tuned_layers=1
+    runs.PROFILES["smoke"], max_history=3, epochs=4.0, batch_size=2, evaluations=3, frozen_layers=1, tuned_layers=1,
+    reward="none", flow="subtb",
 )
 
 
@@ -165,7 +241,7 @@ def run_training(folder, chosen=TINY, alpha=1.0):
     catalogue = policy.Catalogue.build(tokenizer, TITLES, "movie")
     log_r = rewards.count_log_rewards(catalogue.trie, torch.from_numpy(data.item_counts(tables)), alpha)
     log = train.train(model, tokenizer, catalogue, tables, chosen, folder, folder / "cache", log_r)
-    return policy.load_run(folder)[0].state_dict(), log
+    return decoding.load_run(folder)[0].state_dict(), log
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -184,7 +260,7 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path, monkeypatc
     if half:  # killed while it wrote a checkpoint
         (tmp_path / "killed" / "checkpoints" / "checkpoint-15").mkdir()
     with pytest.raises(FileNotFoundError, match="no finished run"):
-        policy.load_run(tmp_path / "killed")
+        decoding.load_run(tmp_path / "killed")
     monkeypatch.setattr(train._OneBar, "on_step_end", one_step)
     begin = train._OneBar.on_train_begin
 
