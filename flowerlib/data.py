@@ -317,6 +317,11 @@ def sequences(train: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return out, starts
 
 
+def item_leaves(items: pd.DataFrame) -> np.ndarray:
+    """(n_items,) leaf id of each item: equal titles share one, numbered by their first item, as in the title tree."""
+    return pd.factorize(items.title)[0]
+
+
 def item_counts(tables: Tables, how: str = "true") -> np.ndarray:
     """How often each item occurs in training, (n_items,) int64, in the order of `tables.items`.
 

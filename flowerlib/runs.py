@@ -23,8 +23,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 
-METHODS = ("Popularity", "SFT", "Flower")
-DECODINGS = ("top", "beam", "beam_normalised")  # top: the highest scores of the whole catalogue
+METHODS = (
+    "Popularity", "ItemKNN", "EASE", "Preference", "SFT", "Temperature", "D3", "IFairLRS", "SFT, one target", "Flower",
+)
+DECODINGS = ("top", "beam", "beam_normalised", "stochastic")  # top: the highest scores of the whole catalogue
 SEEN = ("excluded", "allowed")
 LOSSES = ("exact_ce", "exact_squared", "subtree_ce", "sft", "subtb", "tb", "db", "modified_subtb")  # of a known target
 PREFERENCES = ("dpo", "rloo")
@@ -58,7 +60,7 @@ class Settings:
     # training (notebooks 02 and 03)
     rows: str = "sequence"  # "sequence": every title of a user is a target; "target": one target per prompt
     reweight: bool = False  # IFairLRS: targets weigh in by their popularity group; meant for rows="target"
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     batch_size: int = 8  # rows a step
     device_batch: int = 8  # rows that a device takes at a time; gradients add up to batch_size
     epochs: float = 1.0
@@ -67,11 +69,12 @@ class Settings:
     # Flower (notebook 03)
     counts: str = "true"  # or "windowed": counts of the official code
     reward: str = "exact"  # "none": counts alone; "exact": counts^alpha * p_ui^beta; "div", "add": the paper's tilts
-    alpha: float = -0.25  # of (count + 1)^alpha in the reward: 1 is the paper's, below 0 it falls with popularity
+    alpha: float = -0.5  # of (count + 1)^alpha in the reward: 1 is the paper's, below 0 it falls with popularity
     beta: float = 1.0  # of p_ui^beta in the reward "exact"; strength of "add"
     flow: str = "children"  # "subtb", the paper's, or "children": KL to the token rewards at every node of a path
     theta: float = 0.5  # loss = theta * SFT + (1 - theta) * flow
     lam: float = 1.0  # SubTB's lambda
+    n_paths: int = 1  # drawn titles a row, where paths are drawn
     paths: str = "logged"  # "logged": the data's own titles; "reward": drawn from the flow; "policy": from the model
     # decoding (notebook 04)
     n_beams: int = 10
@@ -101,7 +104,7 @@ _CHOICES = {
 }
 _RANGES = {  # all other numbers are 0 or more
     "max_history": (1, math.inf), "batch_size": (1, math.inf), "device_batch": (1, math.inf),
-    "evaluations": (1, math.inf), "n_beams": (1, math.inf), "decode_batch": (1, math.inf),
+    "evaluations": (1, math.inf), "n_paths": (1, math.inf), "n_beams": (1, math.inf), "decode_batch": (1, math.inf),
     "alpha": (-math.inf, math.inf), "preference_size": (2, math.inf), "theta": (0, 1), "lam": (0, 1),
 }
 

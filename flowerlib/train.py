@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 from transformers import (
-    PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging,
+    PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainingArguments, logging,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -30,6 +30,7 @@ from .backbone import split_layers
 from .losses import node_kl_loss, sft_loss, subtb_loss
 from .policy import Catalogue, left_padded, positions, sample_leaves
 from .preference import PreferenceModel, right_padded
+from .progress import OneBar, log_table
 from .rewards import preference_log_rewards, tilted
 from .runs import Settings
 from .trie import TitleTrie
@@ -207,7 +208,7 @@ class FlowerTrainer(Trainer):
     Args:
         trie, log_item_rewards: the flow's tree and (n_items,) log R, nats, alike for all users.
         chosen: theta, lam, flow, paths, reward and beta are used (see `runs.Settings`). Paths are the logged titles, or
-            one title a row drawn from the flow or from the model itself under the trie's mask; log π is over the whole
+            n_paths a row drawn from the flow or from the model itself under the trie's mask; log π is over the whole
             vocabulary.
         preference: p_ui, for every reward but "none". It reads the titles of the row itself.
         leaf_weights: (n_leaves,) weight of each target in the SFT loss (IFairLRS), or None.
@@ -251,11 +252,13 @@ class FlowerTrainer(Trainer):
         batch["position_ids"] = positions(mask)
         log_p = self._log_p(leaves) if self.theta < 1 else None
         if self.theta < 1 and self.chosen.paths != "logged" and model.training:
-            branch = torch.multinomial(starts.float(), 1)  # (B, 1) the column at which a rival of a target starts
-            rivals = self.trie.paths(self._draw_leaves(model, batch, branch, before, log_p))
+            # (B, P) columns at which rivals of a row's targets start
+            branch = torch.multinomial(starts.float(), self.chosen.n_paths, replacement=True)
+            leaves_drawn = self._draw_leaves(model, batch, branch, before, log_p)
+            rivals = self.trie.paths(leaves_drawn.flatten()).view(*branch.shape, -1)
             batch, predictor, sampled = self._packed(batch, rivals, branch)
-            nodes = torch.cat([nodes, torch.where(rivals >= 0, rivals, NO_TARGET)], 1)
-            before = torch.cat([before, before.gather(1, branch).expand_as(rivals)], 1)
+            nodes = torch.cat([nodes, torch.where(rivals >= 0, rivals, NO_TARGET).flatten(1)], 1)
+            before = torch.cat([before, before.gather(1, branch).repeat_interleave(rivals.shape[-1], 1)], 1)
         tokens = batch["input_ids"]
         if "inputs_embeds" in batch:
             del batch["input_ids"]
@@ -320,29 +323,30 @@ class FlowerTrainer(Trainer):
     def _packed(
         self, batch: dict[str, Tensor], path: Tensor, branch: Tensor
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """One more title a row, packed behind it: it sees what stands before the column `branch`, and itself.
+        """P more titles a row, packed behind it: each sees what stands before its column `branch`, and itself.
 
         Args:
-            path: (B, T) nodes of the title, -1 after its end. branch: (B, 1).
+            path: (B, P, T) nodes of the titles, -1 after their ends. branch: (B, P).
 
         Returns:
             The batch with a (B, 1, L', L') mask, and predictor and sampled, (B, L') each.
         """
-        drawn = path >= 0
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        n, width = ids.shape
-        column = torch.arange(width + path.shape[1], device=ids.device)
-        new = column >= width
-        own = torch.where(new[:, None], new | (column < branch[..., None]), ~new)  # (B, L', L')
-        real = torch.cat([mask.bool(), drawn], 1)[:, None]
-        visible = own & real & (column[:, None] >= column) | torch.eye(len(column), dtype=torch.bool, device=ids.device)
-        position = positions(mask)
-        predictor = (column - 1).repeat(n, 1)
-        predictor[:, width] = branch[:, 0] - 1
+        length, device = path.shape[-1], path.device
+        drawn = (path >= 0).flatten(1)
+        ids, mask, position = batch["input_ids"], batch["attention_mask"], positions(batch["attention_mask"])
+        width = ids.shape[1]
+        column = torch.arange(width + drawn.shape[1], device=device)
+        block = (column - width).div(length, rounding_mode="floor").clamp(min=-1)  # -1: the row as it was
+        limit = torch.cat([column[:width].expand(len(ids), -1) + 1, branch.repeat_interleave(length, 1)], 1)
+        own = (block[:, None] == block) | (block == -1) & (column < limit[..., None])  # (B, L', L')
+        visible = own & torch.cat([mask.bool(), drawn], 1)[:, None] & (column[:, None] >= column)
+        predictor = (column - 1).repeat(len(ids), 1)
+        predictor[:, width::length] = branch - 1
+        steps = torch.arange(length, device=device)
         packed = {
-            "input_ids": torch.cat([ids, self.trie.token[path.clamp(min=0)] * drawn], 1),
-            "attention_mask": visible[:, None],
-            "position_ids": torch.cat([position, position.gather(1, branch) + column[: path.shape[1]]], 1),
+            "input_ids": torch.cat([ids, self.trie.token[path.clamp(min=0)].flatten(1) * drawn], 1),
+            "attention_mask": (visible | torch.eye(len(column), dtype=torch.bool, device=device))[:, None],
+            "position_ids": torch.cat([position, (position.gather(1, branch)[..., None] + steps).flatten(1)], 1),
         }
         return packed, predictor, torch.cat([torch.zeros_like(mask, dtype=torch.bool), drawn], 1)
 
@@ -350,22 +354,24 @@ class FlowerTrainer(Trainer):
     def _draw_leaves(
         self, model: PreTrainedModel, batch: dict[str, Tensor], branch: Tensor, before: Tensor, log_p: Tensor | None
     ) -> Tensor:
-        """(B,) one leaf a row, from the flow of the user there or from the model after the columns before `branch`."""
+        """(B, P) leaf nodes, from the flow of the user there or from the model after the columns before `branch`."""
+        n, n_paths = branch.shape
         if self.chosen.paths == "reward":
-            log_rewards = self.log_item_rewards.expand(len(branch), -1)
+            log_rewards = self.log_item_rewards.expand(n * n_paths, -1)
             if self.chosen.reward == "exact":
-                log_p = log_p[torch.arange(len(branch), device=branch.device), before.gather(1, branch)[:, 0]]
+                rows = torch.arange(n, device=branch.device)[:, None]
+                log_p = log_p[rows, before.gather(1, branch)].flatten(0, 1)
                 log_rewards = preference_log_rewards(self.trie, log_rewards, log_p, self.chosen.beta)
-            return self.trie.leaf[torch.multinomial(log_rewards.softmax(-1), 1)[:, 0]]
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        width = ids.shape[1]
+            return self.trie.leaf[torch.multinomial(log_rewards.softmax(-1), 1)].view(n, n_paths)
+        ids, mask = (batch[name].repeat_interleave(n_paths, 0) for name in ("input_ids", "attention_mask"))
+        width, branch = ids.shape[1], branch.view(-1, 1)
         column = torch.arange(width, device=ids.device)
         to_the_right = (column + branch) % width  # each row rolled until its prompt ends at the right edge
         prompt = mask.gather(1, to_the_right) * (column >= width - branch)
         model.eval()
         leaves = sample_leaves(self.accelerator.unwrap_model(model), self.trie, ids.gather(1, to_the_right), prompt)
         model.train()
-        return leaves
+        return leaves.view(n, n_paths)
 
     def _note(self, name: str, value: Tensor) -> None:
         key = name if self.model.training else f"eval_{name}"
@@ -434,7 +440,7 @@ def train(
         tuned = get_peft_model(tuned, config)
     logging.set_verbosity_error()
     trainer = FlowerTrainer(
-        tuned, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[_OneBar()], trie=catalogue.trie,
+        tuned, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()], trie=catalogue.trie,
         log_item_rewards=log_item_rewards, chosen=replace(chosen, theta=theta), preference=preference,
         leaf_weights=fair_weights(catalogue, tables) if chosen.reweight else None,
     )
@@ -442,7 +448,7 @@ def train(
     trainer.train(resume_from_checkpoint=last)
     if chosen.lora_rank:
         tuned.merge_and_unload()
-    log = _log_table(trainer.state.log_history)
+    log = log_table(trainer.state.log_history)
     if trainer.is_world_process_zero():
         _save(model, tokenizer, tables, log, chosen, plan, folder)
     trainer.accelerator.wait_for_everyone()
@@ -514,29 +520,3 @@ def _arguments(chosen: Settings, folder: Path, n_rows: int) -> TrainingArguments
         remove_unused_columns=False, label_names=["nodes"], prediction_loss_only=True, disable_tqdm=True,
         bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(), max_grad_norm=1.0,
     )
-
-
-class _OneBar(TrainerCallback):
-    """One tqdm bar over the steps, with the last losses beside it."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        self.bar.set_postfix({k: f"{v:.3f}" for k, v in (logs or {}).items() if k in ("loss", "eval_loss")})
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-
-def _log_table(history: list[dict[str, float]]) -> pd.DataFrame:
-    records = []
-    for entry in history:
-        for kind, prefix in (("train", ""), ("validation", "eval_")):
-            if f"{prefix}loss" in entry:
-                record = {"step": entry["step"], "kind": kind, "loss": entry[f"{prefix}loss"]}
-                records.append(record | {k: entry[prefix + k] for k in ("sft", "flow") if prefix + k in entry})
-    return pd.DataFrame(records)

@@ -17,9 +17,10 @@ def world(form="sequence"):
     return model, tokenizer, policy.Catalogue.build(tokenizer, TITLES, "movie", form)
 
 
-def trainer(model, catalogue, folder, theta=0.7, paths="logged", reward="none", flow="subtb", **more):
+def trainer(model, catalogue, folder, theta=0.7, paths="logged", reward="none", flow="subtb", n_paths=1, **more):
     counts = torch.arange(1, len(TITLES) + 1)
-    chosen = replace(runs.PROFILES["smoke"], theta=theta, paths=paths, reward=reward, flow=flow, beta=0.5)
+    chosen = replace(runs.PROFILES["smoke"], theta=theta, paths=paths, reward=reward, flow=flow, beta=0.5,
+                     n_paths=n_paths)
     return train.FlowerTrainer(
         model, TrainingArguments(str(folder), report_to="none"), trie=catalogue.trie, chosen=chosen,
         log_item_rewards=rewards.count_log_rewards(catalogue.trie, counts), **more,
@@ -68,28 +69,33 @@ def test_eos_follows_the_target_in_the_papers_form(tmp_path):
     torch.testing.assert_close(loss, -torch.stack([logits[t - 1, ids[t]] for t in range(start, len(ids))]).mean())
 
 
+@pytest.mark.parametrize("n_paths", [1, 3])
 @pytest.mark.parametrize("paths", ["reward", "policy"])
 @pytest.mark.parametrize("form", ["sequence", "target"])
-def test_packed_paths_see_the_prompt_and_nothing_else(tmp_path, paths, form):
+def test_packed_paths_see_the_prompt_and_nothing_else(tmp_path, paths, form, n_paths):
     model, _, catalogue = world(form)
-    made = trainer(model.train(), catalogue, tmp_path, paths=paths)
+    made = trainer(model.train(), catalogue, tmp_path, paths=paths, n_paths=n_paths)
     targets = [wanted[:1] for wanted in TARGETS] if form == "target" else TARGETS
     rows = train.make_rows(catalogue, HISTORIES, targets)
     batch = train.collate([rows[i] for i in range(3)])
-    nodes, before = batch["nodes"], torch.zeros_like(batch["nodes"])
-    branch = torch.multinomial(((nodes >= 0) & (catalogue.trie.depth[nodes.clamp(min=0)] == 1)).float(), 1)
-    drawn = made._draw_leaves(model, batch, branch, before, None)
-    packed, predictor, sampled = made._packed(batch, catalogue.trie.paths(drawn), branch)
+    nodes, width = batch["nodes"], batch["nodes"].shape[1]
+    starts = (nodes >= 0) & (catalogue.trie.depth[nodes.clamp(min=0)] == 1)
+    branch = torch.multinomial(starts.float(), n_paths, replacement=True)
+    drawn = made._draw_leaves(model, batch, branch, torch.zeros_like(nodes), None)
+    packed, predictor, sampled = made._packed(batch, catalogue.trie.paths(drawn.flatten()).view(3, n_paths, -1), branch)
     logits = model(**packed, use_cache=False).logits.log_softmax(-1)
+    length = (packed["input_ids"].shape[1] - width) // n_paths
     for row, history in enumerate(HISTORIES):
-        columns = sampled[row].nonzero()[:, 0]
-        item = catalogue.trie.leaf.tolist().index(int(drawn[row]))
-        packed_log_pf = logits[row, predictor[row, columns], packed["input_ids"][row, columns]]
-        behind = int((nodes[row, : predictor[row, columns[0]] + 1] >= 0).sum())  # target tokens before the branch
-        ends = np.cumsum([len(catalogue.sequences[t]) for t in targets[row]])
-        own = [t for t, end in zip(targets[row], ends) if end <= behind]
-        expected, _ = naive(model, catalogue, own, made.log_r, history, item)
-        torch.testing.assert_close(packed_log_pf, expected, atol=1e-4, rtol=1e-4)
+        for path in range(n_paths):
+            begin = width + path * length
+            columns = begin + sampled[row, begin : begin + length].nonzero()[:, 0]
+            item = catalogue.trie.leaf.tolist().index(int(drawn[row, path]))
+            packed_log_pf = logits[row, predictor[row, columns], packed["input_ids"][row, columns]]
+            behind = int((nodes[row, : branch[row, path]] >= 0).sum())  # target tokens before the branch
+            ends = np.cumsum([len(catalogue.sequences[t]) for t in targets[row]])
+            own = [t for t, end in zip(targets[row], ends) if end <= behind]
+            expected, _ = naive(model, catalogue, own, made.log_r, history, item)
+            torch.testing.assert_close(packed_log_pf, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_padding_and_batch_order_do_not_matter(tmp_path):
@@ -190,7 +196,7 @@ def test_weights_of_targets_stand_inside_the_mean(tmp_path):
 @pytest.mark.parametrize("paths", ["reward", "policy"])
 def test_drawn_paths_train_with_preferences(tmp_path, paths):
     model, _, catalogue = world()
-    made = trainer(model.train(), catalogue, tmp_path, paths=paths, reward="exact", flow="children",
+    made = trainer(model.train(), catalogue, tmp_path, paths=paths, reward="exact", flow="children", n_paths=2,
                    preference=preference_model())
     rows = train.make_rows(catalogue, HISTORIES, TARGETS)
     torch.manual_seed(0)
@@ -247,28 +253,28 @@ def run_training(folder, chosen=TINY, alpha=1.0):
 @pytest.mark.parametrize("half", [False, True])
 def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch, half):
     whole, log = run_training(tmp_path / "whole")
-    one_step, first_steps = train._OneBar.on_step_end, []
+    one_step, first_steps = train.OneBar.on_step_end, []
 
     def killed(self, args, state, control, **kwargs):
         if state.global_step == 15:
             raise KeyboardInterrupt
         one_step(self, args, state, control)
 
-    monkeypatch.setattr(train._OneBar, "on_step_end", killed)
+    monkeypatch.setattr(train.OneBar, "on_step_end", killed)
     with pytest.raises(KeyboardInterrupt):
         run_training(tmp_path / "killed")
     if half:  # killed while it wrote a checkpoint
         (tmp_path / "killed" / "checkpoints" / "checkpoint-15").mkdir()
     with pytest.raises(FileNotFoundError, match="no finished run"):
         decoding.load_run(tmp_path / "killed")
-    monkeypatch.setattr(train._OneBar, "on_step_end", one_step)
-    begin = train._OneBar.on_train_begin
+    monkeypatch.setattr(train.OneBar, "on_step_end", one_step)
+    begin = train.OneBar.on_train_begin
 
     def noted(self, args, state, control, **kwargs):
         first_steps.append(state.global_step)
         begin(self, args, state, control)
 
-    monkeypatch.setattr(train._OneBar, "on_train_begin", noted)
+    monkeypatch.setattr(train.OneBar, "on_train_begin", noted)
     resumed, log_after = run_training(tmp_path / "killed")
     again, log_again = run_training(tmp_path / "killed")  # finished: taken as it is
     assert len(first_steps) == 1 and first_steps[0] > 0
