@@ -118,6 +118,20 @@ def average_popularity(exposure: ArrayLike, counts: ArrayLike) -> float:
     return float(np.average(counts, weights=exposure))
 
 
+def tail(counts: ArrayLike, share: float = 0.2) -> NDArray[np.bool_]:
+    """The least popular leaves that together hold at most this share of the interactions; (L,) -> (L,) bool."""
+    counts = _checked_counts(counts)
+    order = np.argsort(-counts, kind="stable")[::-1]
+    within = np.zeros(len(counts), dtype=bool)
+    within[order] = np.cumsum(counts[order]) <= share * counts.sum()
+    return within
+
+
+def tail_share(exposure: ArrayLike, counts: ArrayLike, share: float = 0.2) -> float:
+    """Share of the slots that the `tail` fills: about `share` where exposure follows the interactions."""
+    return float(np.asarray(exposure)[tail(counts, share)].sum() / np.sum(exposure))
+
+
 # Diversity
 
 
@@ -225,10 +239,13 @@ def node_divergences(log_reach: ArrayLike, log_edges: ArrayLike, parent: ArrayLi
 def evaluate(
     recommendations: ArrayLike, targets: ArrayLike, counts: ArrayLike, titles: Sequence[str],
     ks: Sequence[int] = (1, 3, 5, 10), n_bootstrap: int = 1000, seed: int = 0, n_groups: int = 8,
+    slots: int | None = None,
 ) -> dict[str, float]:
     """Every metric, and `<metric>_lo`, `<metric>_hi`: a 95% interval over users (n_bootstrap=0: none).
 
-    Keys: hr@k and ndcg@k for every k, dgu, mgu, average_popularity, h_bits, ttr, distinct, coverage, gini.
+    Keys: hr@k and ndcg@k for every k, dgu, mgu, average_popularity, tail_share, h_bits, ttr, distinct, coverage, gini.
+    `slots` counts the first places of a list alone for all but accuracy (None: all), so that lists of twenty tell HR@20
+    and are compared in fairness and diversity with lists of ten.
 
     Two kinds of interval. Users are resampled with replacement, and the percentiles taken, for accuracy, fairness and
     popularity. DGU and MGU are distances, so that few users alone keep them above 0: even perfectly fair slots score
@@ -243,10 +260,10 @@ def evaluate(
         ValueError: shapes disagree, ids outside the catalogue, a leaf twice in a list, a user without
             recommendation, no counts, k above K (lists of ten have no HR@20), or one user alone and an interval.
     """
-    args = (targets, counts, titles, ks, n_bootstrap, seed, n_groups)
+    args = (targets, counts, titles, ks, n_bootstrap, seed, n_groups, slots)
     values, resampled, left_out = _replicates(recommendations, *args)
     result = dict(values)
-    upper = {"ttr": 1.0, "coverage": 1.0, "gini": 1.0, "distinct": float(len(titles))}
+    upper = {"ttr": 1.0, "coverage": 1.0, "tail_share": 1.0, "gini": 1.0, "distinct": float(len(titles))}
     for name, (lo, hi) in _intervals(values, resampled, left_out).items():
         result[f"{name}_lo"] = max(lo, 0.0)
         result[f"{name}_hi"] = min(hi, upper.get(name, np.inf))
@@ -256,7 +273,7 @@ def evaluate(
 def compare(
     recommendations_a: ArrayLike, recommendations_b: ArrayLike, targets: ArrayLike, counts: ArrayLike,
     titles: Sequence[str], ks: Sequence[int] = (1, 3, 5, 10), n_bootstrap: int = 1000, seed: int = 0,
-    n_groups: int = 8,
+    n_groups: int = 8, slots: int | None = None,
 ) -> dict[str, tuple[float, float, float]]:
     """b minus a for every metric of `evaluate`: (difference, lo, hi), a 95% interval over the same users.
 
@@ -267,7 +284,7 @@ def compare(
     """
     if n_bootstrap < 1:
         raise ValueError("compare needs n_bootstrap >= 1")
-    args = (targets, counts, titles, ks, n_bootstrap, seed, n_groups)
+    args = (targets, counts, titles, ks, n_bootstrap, seed, n_groups, slots)
     a, b = _replicates(recommendations_a, *args), _replicates(recommendations_b, *args)
     values, resampled, left_out = ({name: b[i][name] - a[i][name] for name in a[i]} for i in range(3))
     return {name: (values[name], lo, hi) for name, (lo, hi) in _intervals(values, resampled, left_out).items()}
@@ -275,17 +292,18 @@ def compare(
 
 def _replicates(
     recommendations: ArrayLike, targets: ArrayLike, counts: ArrayLike, titles: Sequence[str], ks: Sequence[int],
-    n_bootstrap: int, seed: int, n_groups: int,
+    n_bootstrap: int, seed: int, n_groups: int, slots: int | None,
 ) -> tuple[dict[str, float], dict[str, Floats], dict[str, Floats]]:
     """Every metric's value, (R,) values over resampled users, and (U,) values with one user left out."""
     counts = _checked_counts(counts)
     if len(titles) != len(counts):
         raise ValueError(f"{len(titles)} titles for {len(counts)} counts")
     rank, groups = ranks(recommendations, targets), popularity_groups(counts, n_groups)
-    recommendations = _checked_lists(recommendations, targets, len(counts), ks)
+    recommendations = _checked_lists(recommendations, targets, len(counts), ks)[:, :slots]
     n_users, shown = len(recommendations), recommendations >= 0
     per_user = {f"hr@{k}": hit_rate(rank, k) for k in ks} | {f"ndcg@{k}": ndcg(rank, k) for k in ks}
     per_user["average_popularity"] = np.where(shown, counts[recommendations], 0.0).sum(axis=1)
+    per_user["tail_share"] = (tail(counts)[recommendations] & shown).sum(axis=1)
     group_slots = ((groups[recommendations] == np.arange(n_groups)[:, None, None]) & shown).sum(axis=2).T
     history = group_shares(counts, groups)
     sums = np.column_stack([*per_user.values(), group_slots])
@@ -293,9 +311,9 @@ def _replicates(
     def from_sums(weights: NDArray) -> dict[str, Floats]:
         """Metrics that are functions of sums over users, for R weightings of the users: weights (R, U) -> (R,)."""
         total = weights @ sums
-        slots = total[:, -n_groups:].sum(axis=1)
-        gu = total[:, -n_groups:] / slots[:, None] - history
-        divisor = {"average_popularity": slots}
+        filled = total[:, -n_groups:].sum(axis=1)
+        gu = total[:, -n_groups:] / filled[:, None] - history
+        divisor = {"average_popularity": filled, "tail_share": filled}
         means = {name: total[:, i] / divisor.get(name, n_users) for i, name in enumerate(per_user)}
         return means | {"dgu": np.ptp(gu, axis=1), "mgu": np.abs(gu).mean(axis=1)}
 

@@ -40,6 +40,7 @@ METRIC_LABELS = {
     "dgu": "DGU (share of slots; 0 = as in the history)",
     "mgu": "MGU (share of slots; 0 = as in the history)",
     "average_popularity": "mean popularity (interactions per slot's title)",
+    "tail_share": "slots of the tail (share; 0.2 = as in the history)",
     "h_bits": "H (bits per word)",
     "ttr": "TTR (distinct words per word)",
     "distinct": "distinct titles recommended",

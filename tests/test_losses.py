@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowerlib.losses import FLOOR_LOG_REWARD, modified_subtb_loss, sft_loss, subtb_loss
+from flowerlib.losses import FLOOR_LOG_REWARD, modified_subtb_loss, node_kl_loss, sft_loss, subtb_loss
 from flowerlib.trie import TitleTrie
 
 END = 0
@@ -316,3 +316,28 @@ def test_modified_subtb_refuses_a_batch_of_terminators():
     with pytest.raises(ValueError, match="no path has a token before its terminator"):
         modified_subtb_loss(one, one, one, one, torch.ones(2, 1, dtype=torch.bool))
     assert subtb_loss(one, one, torch.ones(2, 1, dtype=torch.bool)) == 0
+
+
+@prove
+@given(seeds)
+def test_node_kl_is_the_mean_divergence_of_the_states_and_vanishes_at_the_rewards(seed):
+    """States with two and three children; π keeps some mass off the tree."""
+    log_r = torch.cat([randn(2, seed=seed).log_softmax(0), randn(3, seed=seed + 1).log_softmax(0)])
+    log_pf = torch.cat([randn(3, seed=seed + 2).log_softmax(0)[:2], randn(4, seed=seed + 3).log_softmax(0)[:3]])
+    by_hand = sum(math.exp(r) * (r - p) for r, p in zip(log_r.tolist(), log_pf.tolist())) / 2
+    assert node_kl_loss(log_pf, log_r, 2).item() == pytest.approx(by_hand)
+    assert by_hand > 0 and node_kl_loss(log_r, log_r, 2) == 0
+
+
+def test_node_kl_along_drawn_paths_estimates_the_divergence_of_whole_titles():
+    """Chain rule: the expectation of its sum along a path drawn from the reward is KL(R/Z ‖ π), by enumeration."""
+    trie = TitleTrie.from_sequences([(1, 2, END), (1, 3, 3, END), (2, END), (1, 2, 2, END)])
+    log_r = trie.log_token_rewards(torch.tensor([1.0, 4.0, 2.0, 0.5]).log().double())
+    log_pi = trie.renormalised(randn(trie.n_nodes))
+    share, model = (trie.log_leaf_probs(x) for x in (log_r, log_pi))
+    total = 0.0
+    for leaf, path in enumerate(trie.paths(trie.leaves)):
+        path = path[path >= 0]
+        _, children = trie.children(trie.parent[path])
+        total += share[leaf].exp() * node_kl_loss(log_pi[children], log_r[children], 1)
+    torch.testing.assert_close(total, (share.exp() * (share - model)).sum())

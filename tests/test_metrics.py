@@ -46,6 +46,12 @@ def naive(recommendations, targets, counts, titles, k, n_groups):
           - sum(counts[i] for i in positive if group[i] == g) / sum(counts) for g in range(n_groups)]
     out["dgu"], out["mgu"] = max(gu) - min(gu), sum(map(abs, gu)) / n_groups
     out["average_popularity"] = sum(counts[i] * c for i, c in slots.items()) / n_slots
+    kept, of_tail = 0, set()
+    for i in sorted(range(n), key=lambda i: (counts[i], -i)):
+        kept += counts[i]
+        if kept <= 0.2 * sum(counts):
+            of_tail.add(i)
+    out["tail_share"] = sum(c for i, c in slots.items() if i in of_tail) / n_slots
     words = Counter(w for i, c in slots.items() for w in titles[i].split() for _ in range(c))
     total = sum(words.values())
     out["h_bits"] = -sum(c / total * math.log2(c / total) for c in words.values())
@@ -282,3 +288,20 @@ def test_the_divergence_of_titles_is_the_sum_over_the_nodes():
     _, children = trie.children(torch.tensor([0]))
     first = reach[children].exp() * (reach[children] - edges[children])
     assert nodes[0] == pytest.approx(float(first.sum()))
+
+
+def test_slots_counts_the_first_places_for_all_but_accuracy(shop):
+    counts, titles, draw = shop
+    lists, targets = draw(1.0), np.arange(120) % 40
+    both = metrics.evaluate(lists, targets, counts, titles, ks=(3, 10), slots=3, n_bootstrap=50)
+    short, long = (metrics.evaluate(lists[:, :k], targets, counts, titles, ks=(3,), n_bootstrap=50) for k in (3, 10))
+    for name in ("dgu", "dgu_lo", "tail_share", "h_bits", "h_bits_hi", "distinct", "hr@3", "ndcg@3_hi"):
+        assert both[name] == short[name]
+    assert both["hr@10"] == metrics.evaluate(lists, targets, counts, titles, n_bootstrap=0)["hr@10"]
+    assert long["dgu"] != short["dgu"]
+
+
+def test_the_tail_holds_its_share_of_the_interactions():
+    assert metrics.tail([50, 30, 10, 6, 4]).tolist() == [False, False, True, True, True]
+    assert metrics.tail_share([0, 0, 1, 0, 3], [50, 30, 10, 6, 4]) == 1
+    assert metrics.tail_share([1, 1, 1, 1, 0], [97, 1, 1, 1, 0]) == 0.75

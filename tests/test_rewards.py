@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowerlib.rewards import count_log_rewards, log_rewards
+from flowerlib.rewards import count_log_rewards, log_rewards, preference_log_rewards, tilted
 from flowerlib.trie import TitleTrie
 
 END = 0
@@ -110,3 +110,34 @@ def test_bad_counts_are_refused(counts, message):
     trie = TitleTrie.from_sequences([[1, END], [2, END], [3, END]])
     with pytest.raises(ValueError, match=message):
         count_log_rewards(trie, torch.tensor(counts))
+
+
+@prove
+@given(counted, st.floats(-2, 2), st.floats(0, 2), st.integers(0, 2**31))
+def test_preference_rewards_are_conserved_for_every_user(items, alpha, beta, seed):
+    """R(leaf|u) = (Σcount + 1)^α · p^β at the leaves, and every node's flow is the sum of its children's."""
+    catalogue, counts = zip(*items, strict=True)
+    trie = TitleTrie.from_sequences(catalogue)
+    log_p = torch.randn(3, len(trie.leaves), generator=torch.Generator().manual_seed(seed)).double().log_softmax(-1)
+    flows = trie.log_flows(preference_log_rewards(trie, count_log_rewards(trie, torch.tensor(counts), alpha), log_p, beta)).exp()
+    merged = torch.zeros(len(trie.leaves), dtype=torch.double).index_add(0, trie.item_leaf, torch.tensor(counts).double())
+    torch.testing.assert_close(flows[:, trie.leaves], (merged + 1) ** alpha * log_p.exp() ** beta)
+    for node in range(trie.n_nodes):
+        below = range(int(trie.child_start[node]), int(trie.child_start[node + 1]))
+        if below:
+            torch.testing.assert_close(flows[:, node], flows[:, below].sum(1))
+
+
+def test_tilts_by_hand():
+    log_r = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]]).double()
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]]).double()
+    leaf = torch.tensor([0, 1])
+    s = torch.tensor([[(0.7 - 1 / 3) / 0.6 + 1], [(0.25 - 1 / 3) / 0.25 + 1]]).double()
+    torch.testing.assert_close(tilted(log_r, p.log(), leaf, "div"), log_r / s)
+    added = torch.tensor([[0.0], [math.log(1e-8)]]).double()
+    torch.testing.assert_close(tilted(log_r, p.log(), leaf, "add", 0.5), log_r + 0.5 * added)
+    flat = torch.full((2, 3), 1 / 3).double().log()
+    for reward in ("div", "add"):  # a user who likes all titles alike tilts nothing
+        torch.testing.assert_close(tilted(log_r, flat, leaf, reward), log_r)
+    with pytest.raises(ValueError, match="choose div or add"):
+        tilted(log_r, flat, leaf, "mul")
