@@ -9,9 +9,9 @@ reproduce: .venv/ready
 	$(BIN)/python -m flowerlib.reproduce --profile $(PROFILE) --out $(OUT) $(foreach p,$(PARAMETERS),-p $(p))
 
 study: .venv/ready
-	for profile in smoke laptop; do \
-	  $(BIN)/python -m flowerlib.reproduce --only 05_fit_a_known_distribution --profile $$profile \
-	    $(foreach p,$(PARAMETERS),-p $(p)) || exit 1; done
+	$(BIN)/python -m flowerlib.reproduce --only 05_fit_a_known_distribution --profile smoke
+	$(BIN)/python -m flowerlib.reproduce --profile $(PROFILE) --out $(OUT) $(foreach p,$(PARAMETERS),-p $(p)) \
+	  --only 01_prepare_the_data --only 05_fit_a_known_distribution --only 06_popularity_curves --only 07_which_title_next
 
 test: .venv/ready
 	$(BIN)/python -m pytest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import backbone, data, metrics, policy, preference, rewards, runs, train
+from . import backbone, data, metrics, policy, rewards, runs, train
 from .decoding import Beams, beam_search
 from .preference import PreferenceModel
 from .runs import Settings
@@ -160,6 +160,12 @@ class Arena:
         """A language model to tune with the run's settings but for these."""
         return Contender(method, replace(self.base, seed=seed, **overrides))
 
+    def one_target(self, method: str, n_tokens: int) -> Contender:
+        """A contender on one-target rows that sends about n_tokens forward: "IFairLRS", or SFT beside it."""
+        one_pass = self.contender(method, self.base.seed, rows="target", epochs=1.0, reweight=method == "IFairLRS")
+        epochs = n_tokens / self.forward_tokens(one_pass)
+        return replace(one_pass, settings=replace(one_pass.settings, epochs=epochs))
+
     def model(self, contender: Contender) -> tuple[PreTrainedModel, policy.Catalogue]:
         """The contender, tuned: now, or taken from its folder where that was done before; the last one stays in memory."""
         if self._loaded is None or self._loaded[0] != contender:
@@ -240,10 +246,12 @@ class Arena:
         return {"method": method, **told, "part": part, "n_users": len(users)} | values
 
 
-def choose(rows: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], k: int) -> Mapping[str, Any]:
-    """The lowest DGU among the rows at least as accurate as the reference (NDCG@k); without any, the most accurate."""
-    able = [row for row in rows if row[f"ndcg@{k}"] >= reference[f"ndcg@{k}"]]
-    return min(able, key=lambda row: row["dgu"]) if able else max(rows, key=lambda row: row[f"ndcg@{k}"])
+def choose(
+    rows: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], accuracy: str, keep: float
+) -> Mapping[str, Any]:
+    """The lowest DGU among the rows that keep this part of the reference's accuracy; without any, the most accurate."""
+    able = [row for row in rows if row[accuracy] >= keep * reference[accuracy]]
+    return min(able, key=lambda row: row["dgu"]) if able else max(rows, key=lambda row: row[accuracy])
 
 
 def _profile(out: Path) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from . import backbone, data, rewards, runs, train
 from .policy import Catalogue, prompt_texts
+from .preference import PreferenceModel
 from .reproduce import literal
 
 
@@ -29,11 +30,14 @@ def launch(method: str, profile: str, out: str | None, overrides: dict[str, Any]
     titles = tables.items.title.tolist()
     lm, tokenizer = backbone.load_backbone(chosen, [*titles, *prompt_texts(chosen.category, chosen.rows)])
     catalogue = Catalogue.build(tokenizer, titles, chosen.category, chosen.rows)
-    log_rewards = None
+    log_rewards = liking = None
     if method == "Flower":
         counts = torch.from_numpy(data.item_counts(tables, chosen.counts))
         log_rewards = rewards.count_log_rewards(catalogue.trie, counts, chosen.alpha)
-    train.train(lm, tokenizer, catalogue, tables, chosen, folder / method.lower(), folder / "cache", log_rewards)
+        liking = PreferenceModel.from_pretrained(folder / "preference")
+    train.train(
+        lm, tokenizer, catalogue, tables, chosen, folder / method.lower(), folder / "cache", log_rewards, liking
+    )
 
 
 def main() -> None:

@@ -82,6 +82,20 @@ def exposure_of(recommendations: ArrayLike, n_leaves: int) -> Ints:
     return np.bincount(filled, minlength=n_leaves)
 
 
+def exposure_by_name(recommended: Sequence[str], names: Sequence[str]) -> Ints:
+    """Number of slots each name fills, of a plain list of recommended titles or ids from any system; -> (len(names),).
+
+    Raises:
+        ValueError: a recommended name is not among `names`; the message counts and shows some.
+    """
+    place = {name: i for i, name in enumerate(names)}
+    unknown = sorted({name for name in recommended if name not in place})
+    if unknown:
+        raise ValueError(f"{len(unknown)} recommended titles are not in the catalogue, such as "
+                         f"{', '.join(map(repr, unknown[:3]))}")
+    return np.bincount([place[name] for name in recommended], minlength=len(names))
+
+
 def group_shares(amounts: ArrayLike, groups: ArrayLike) -> Floats:
     """Share of each group in an amount per leaf (exposure, or counts for the history); (L,), (L,) -> (G,), sum 1.
 

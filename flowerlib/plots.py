@@ -313,6 +313,35 @@ def node_choice(
     return _titled(axes, title, width=34)
 
 
+def frontier(axes: Axes, rows: Sequence[Mapping[str, Any]], accuracy: str, title: str | None = None) -> Axes:
+    """Accuracy against DGU: rows hold both, method and decoding, and what tells the points of a method apart (alpha,
+    theta, guide), which is written beside filled marks. Hollow marks are length-normalised beams; a line joins the points
+    of a method that differ in one of these alone."""
+    style = styles(list(dict.fromkeys(row["method"] for row in rows)))
+    told = {"alpha": "α {:g}", "theta": "θ {:g}", "guide": "w {:g}"}
+    for name, (colour, line, marker, _) in style.items():
+        for hollow in (False, True):
+            own = [row for row in rows if row["method"] == name and (row["decoding"] == "beam_normalised") == hollow]
+            if not own:
+                continue
+            known = [key for key in told if any(key in row for row in own)]
+            if len(known) == 1:
+                own.sort(key=lambda row: row[known[0]])
+                axes.plot([r["dgu"] for r in own], [r[accuracy] for r in own], color=colour, linestyle=line, alpha=0.6)
+            axes.plot([r["dgu"] for r in own], [r[accuracy] for r in own], marker, color=colour, markersize=9,
+                      markeredgewidth=2, markerfacecolor="white" if hollow else colour,
+                      label=None if hollow else name)
+            for row in own if known and not hollow else ():
+                said = ", ".join(told[key].format(row[key]) for key in known)
+                axes.annotate(said, (row["dgu"], row[accuracy]), xytext=(7, 4), textcoords="offset points", fontsize=11)
+    axes.set(xlabel=METRIC_LABELS["dgu"], ylabel=accuracy.upper(), xlim=(0, None), ylim=(0, None))
+    axes.legend(loc="lower right")
+    best, fairest = (pick(rows, key=lambda row: row[key]) for pick, key in ((max, accuracy), (min, "dgu")))
+    return _titled(axes, title or f"Most accurate: {best['method']} ({accuracy.upper()} {best[accuracy]:.3f}, DGU "
+                                  f"{best['dgu']:.2f}); fairest: {fairest['method']} ({fairest[accuracy]:.3f}, "
+                                  f"{fairest['dgu']:.2f})", width=80)
+
+
 def metric_intervals(
     axes: Axes, rows: Sequence[Mapping[str, Any]], metric: str, title: str | None = None
 ) -> Axes:

@@ -2,7 +2,7 @@
 
 The outputs go into notebooks/, results and pictures into figures/, and the README's tables are written anew, so that
 what is read on the web comes from one profile. Without a name: all of 00–04, from scratch (`make publish`). With names:
-these alone, and what is done of them already is kept.
+these alone, from the run of `make study`, and what is done of them already is kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pandas as pd
 
 from . import runs
 from .plots import METHOD_NAMES
-from .reproduce import FOLDER, NOTEBOOKS, STUDY, is_noise, reproduce
+from .reproduce import COMPARISON, FIT, FOLDER, NOTEBOOKS, STUDIES, is_noise, reproduce
 
 BY_HAND = "00_follow_the_flow.ipynb"
 FIGURES = runs.ROOT / "figures"
@@ -57,6 +57,21 @@ def comparison_table(results: Path) -> str:
         decoding = f"{row['decoding'].replace('_', ', length-')}, {row['seen']}"
         lines.append(f"| {decoding} | {row['method']} | {' | '.join(ranges.values())} | {row['mgu']:.3f} | "
                      f"{row['h_bits']:.2f} | {row['ttr']:.3f} | {row['distinct']:.0f} | {row['gini']:.3f} |")
+    return "\n".join(lines)
+
+
+def next_table(results: Path) -> str:
+    """README's table of the whole comparison: lists of the test users without seen titles, most accurate first."""
+    rows = [row for row in runs.read_results(results) if row["part"] == "test" and row["seen"] == "excluded"]
+    k = max(int(m[1]) for name in rows[0] if (m := re.fullmatch(r"ndcg@(\d+)", name)))
+    lines = [f"| method | decoding | seed | NDCG@{k} | HR@{k} | DGU | H (bits) | distinct titles | Gini |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda r: (r["decoding"] == "beam_normalised", -r[f"ndcg@{k}"])):
+        ranges = [f"{row[name]:.3f} [{row[name + '_lo']:.3f}, {row[name + '_hi']:.3f}]" for name in (f"ndcg@{k}", f"hr@{k}", "dgu")]
+        told = [f"reward {row['reward']}", f"α = {row['alpha']:g}", f"θ = {row['theta']:g}"] if "reward" in row else []
+        name = f"{row['method']} ({', '.join(told)})" if told else row["method"]
+        lines.append(f"| {name} | {row['decoding'].replace('_', ', length-')} | {row['seed']} | {' | '.join(ranges)} | "
+                     f"{row['h_bits']:.2f} | {row['distinct']:.0f} | {row['gini']:.3f} |")
     return "\n".join(lines)
 
 
@@ -100,26 +115,27 @@ def between(text: str, mark: str, new: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", choices=[*NOTEBOOKS, BY_HAND, STUDY, []], metavar="notebook")
+    parser.add_argument("notebooks", nargs="*", choices=[*NOTEBOOKS, BY_HAND, *STUDIES, []], metavar="notebook")
     names = parser.parse_args().notebooks or (*NOTEBOOKS, BY_HAND)
-    folder = runs.ROOT / "runs" / "publish"
-    if set(NOTEBOOKS) <= set(names) and folder.exists():
-        for path in folder.iterdir():  # times are those of a first run; the study is long, and tells its own
-            if path.name != "fit":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    everything = set(NOTEBOOKS) <= set(names)
+    folder = runs.ROOT / "runs" / ("publish" if everything else "laptop")
+    if everything:  # times are those of a first run
+        shutil.rmtree(folder, ignore_errors=True)
     reproduce("laptop", str(folder), {}, names)
     FIGURES.mkdir(exist_ok=True)
     for name in names:
         copy_outputs(folder / "notebooks" / name, FOLDER / name)
-        for path in (*(folder / "figures").glob(f"{name[:2]}_*.png"), folder / "results" / f"{Path(name).stem}.json"):
+        for path in (*folder.glob(f"figures/{name[:2]}_*.png"), *folder.glob(f"results/{name[:2]}_*.json")):
             shutil.copy(path, FIGURES)
     text = README.read_text(encoding="utf-8")
-    if set(NOTEBOOKS) <= set(names):
+    if everything:
         shutil.copy(folder / "timings.json", FIGURES)
         text = between(text, "comparison", comparison_table(FIGURES / "04_bias_and_diversity.json"))
         text = between(text, "timings", timing_table(FIGURES / "timings.json"))
-    if STUDY in names:
-        text = between(text, "fit", fit_table(FIGURES / f"{Path(STUDY).stem}.json"))
+    if FIT in names:
+        text = between(text, "fit", fit_table(FIGURES / f"{Path(FIT).stem}.json"))
+    if COMPARISON in names:
+        text = between(text, "next", next_table(FIGURES / f"{Path(COMPARISON).stem}.json"))
     README.write_text(text, encoding="utf-8")
     print(f"{len(names)} notebooks, {FIGURES.name}/ and README.md hold the run in {folder}")
 

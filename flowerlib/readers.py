@@ -159,18 +159,7 @@ def read_counts(path: str | Path) -> pd.Series:
             not a positive number, or fewer than two titles.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file: counts_path counts from the project's root")
-    try:
-        if path.suffix == ".json":
-            held = json.loads(path.read_text(encoding="utf-8"))
-            table = pd.DataFrame(held.items() if isinstance(held, dict) else held)
-        elif path.suffix in (".csv", ".parquet"):
-            table = pd.read_csv(path, keep_default_na=False) if path.suffix == ".csv" else pd.read_parquet(path)
-        else:
-            raise ValueError(f"{path.name}: a table of counts ends in .csv, .json or .parquet")
-    except (json.JSONDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is damaged: {error}") from None
+    table = _read_any(path)
     if {"title", "count"} <= set(table):
         table = table[["title", "count"]]
     if table.shape[1] != 2:
@@ -184,6 +173,40 @@ def read_counts(path: str | Path) -> pd.Series:
     if len(counts) < 2:
         raise ValueError(f"{path.name} has {len(counts)} title: a distribution needs two or more")
     return counts.sort_values(ascending=False, kind="stable")
+
+
+def read_recommendations(path: str | Path) -> pd.Series:
+    """What a recommender recommended, from a CSV, JSON or Parquet file: one title or id a row, a row for every slot.
+
+    The column is `title`, else `item_id`, else the only one there is; other columns (user, rank) are not looked at.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: another ending, no such column, no row, or a blank cell.
+    """
+    path = Path(path)
+    table = _read_any(path)
+    named = [name for name in ("title", "item_id") if name in table] or list(table) * (table.shape[1] == 1)
+    if not named or not len(table):
+        raise ValueError(f"{path.name} needs rows and a column title or item_id, and has {len(table)} rows of "
+                         f"{', '.join(map(str, table)) or 'nothing'}")
+    names = table[named[0]].fillna("").astype(str).map(clean_title)
+    refuse(names.map(is_blank), f"{path.name}, row", f"the {named[0]} is blank")
+    return names.rename("title")
+
+
+def _read_any(path: Path) -> pd.DataFrame:
+    """The table in a CSV, JSON (records, or one object) or Parquet file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file: a relative path counts from the project's root")
+    try:
+        if path.suffix == ".json":
+            held = json.loads(path.read_text(encoding="utf-8"))
+            return pd.DataFrame(held.items() if isinstance(held, dict) else held)
+        if path.suffix in (".csv", ".parquet"):
+            return pd.read_csv(path, keep_default_na=False) if path.suffix == ".csv" else pd.read_parquet(path)
+    except (json.JSONDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from None
+    raise ValueError(f"{path.name}: a table ends in .csv, .json or .parquet")
 
 
 def _one(folder: str | Path, pattern: str) -> Path:

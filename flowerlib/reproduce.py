@@ -28,7 +28,9 @@ except ImportError:  # Windows
 NOTEBOOKS = (
     "01_prepare_the_data.ipynb", "02_train_sft.ipynb", "03_train_flower.ipynb", "04_bias_and_diversity.ipynb",
 )
-STUDY = "05_fit_a_known_distribution.ipynb"  # stands by itself and takes longer: `make study`
+FIT, CURVES = "05_fit_a_known_distribution.ipynb", "06_popularity_curves.ipynb"  # stand by themselves
+COMPARISON = "07_which_title_next.ipynb"  # needs 01 alone
+STUDIES = (FIT, CURVES, COMPARISON)  # `make study`: 05 and 07 take long
 FOLDER = runs.ROOT / "notebooks"
 
 
@@ -62,11 +64,13 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
     folder = runs.output_dir(profile, out)
     shared = {f.name for f in fields(runs.Settings)} & overrides.keys()
     chosen = runs.settings(profile, **{name: overrides[name] for name in shared})
-    brought = (chosen.data_path, chosen.model, overrides.get("counts_path"))
+    paths = [value for key, value in overrides.items() if key.endswith("_path")]
+    brought = [chosen.data_path, chosen.model, *paths]
     chain = _hash(runs.code_digest(), *(_state(path) for path in brought if path))
     for name in only:
         given = {"PROFILE": profile, "OUT": str(folder)} | {k: v for k, v in overrides.items() if k in known[name]}
-        chain = _hash(chain, json.dumps(given, sort_keys=True), _code(FOLDER / name))
+        before = _outputs(folder, NOTEBOOKS[0]) if name == COMPARISON else ""
+        chain = _hash(chain, json.dumps(given, sort_keys=True), _code(FOLDER / name), before)
         stamp = folder / "notebooks" / f"{Path(name).stem}.done"
         if stamp.exists() and stamp.read_text() == _hash(chain, _outputs(folder, name)):
             print(f"{name}: unchanged since its last complete run, skipped", flush=True)
@@ -87,7 +91,7 @@ def _state(path: str) -> str:
 
 def _outputs(folder: Path, name: str) -> str:
     """A name for what a notebook left: itself, its results and, of 01 to 03, the mark of the finished step."""
-    paths = [folder / "results" / f"{Path(name).stem}.json", folder / "notebooks" / name]
+    paths = [*sorted((folder / "results").glob(f"{name[:2]}_*.json")), folder / "notebooks" / name]
     paths += [folder / step / "settings.json" for step, notebook in runs.STEPS.items() if notebook == name]
     return _hash(*(path.read_text(encoding="utf-8") if path.exists() else "" for path in paths))
 
@@ -191,11 +195,12 @@ def main() -> None:
     parser.add_argument("--out", help="folder of the run, from the project's root (default: runs/<profile>)")
     parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", type=literal,
                         help="a notebook parameter, as often as needed")
-    stems = [Path(name).stem for name in (*NOTEBOOKS, STUDY)]
-    parser.add_argument("--only", choices=stems, metavar="NOTEBOOK", help=f"one notebook alone: {', '.join(stems)}")
+    stems = [Path(name).stem for name in (*NOTEBOOKS, *STUDIES)]
+    parser.add_argument("--only", action="append", choices=stems, metavar="NOTEBOOK",
+                        help=f"one notebook alone, as often as needed: {', '.join(stems)}")
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    names = (f"{given.only}.ipynb",) if given.only else NOTEBOOKS
+    names = tuple(f"{name}.ipynb" for name in given.only) if given.only else NOTEBOOKS
     try:
         folder = reproduce(given.profile, given.out, dict(given.parameter), names)
     except (ValueError, NotebookError) as error:

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from flowerlib import decoding, launch, reproduce, runs, study
+from flowerlib import comparison, decoding, launch, reproduce, runs, study
 
 
 def test_smoke_leaves_results_figures_and_pages(smoke):
@@ -28,7 +28,7 @@ def test_nothing_changed_nothing_runs(smoke, capsys):
 
 
 def test_the_same_seed_gives_the_same_results_but_for_times(smoke, tmp_path):
-    again = reproduce.reproduce("smoke", str(tmp_path), {}, (*reproduce.NOTEBOOKS, reproduce.STUDY))
+    again = reproduce.reproduce("smoke", str(tmp_path), {}, (*reproduce.NOTEBOOKS, *reproduce.STUDIES))
     for path in sorted((smoke / "results").glob("*.json")):
         first, second = (
             [line for line in (folder / "results" / path.name).read_text().splitlines() if "seconds" not in line]
@@ -82,8 +82,9 @@ def test_misspelt_parameters_and_profiles_are_errors(tmp_path):
 def test_every_setting_is_a_parameter_of_a_notebook():
     names = {name for notebook in reproduce.NOTEBOOKS for name in reproduce.parameters(reproduce.FOLDER / notebook)}
     assert names == {field.name for field in fields(runs.Settings)} - {"profile"} | {"PROFILE", "OUT"}
-    names = set(reproduce.parameters(reproduce.FOLDER / reproduce.STUDY))
-    assert names == {field.name for field in fields(study.FitSettings)} - {"profile"} | {"PROFILE", "OUT"}
+    for notebook, of in ((reproduce.FIT, study.FitSettings), (reproduce.COMPARISON, comparison.ComparisonSettings)):
+        names = set(reproduce.parameters(reproduce.FOLDER / notebook))
+        assert names == {field.name for field in fields(of)} - {"profile"} | {"PROFILE", "OUT"}
 
 
 def test_what_was_deleted_or_changed_by_hand_is_made_again(smoke, tmp_path, capsys):
