@@ -4,8 +4,8 @@
 |---|---|---|
 | exact_ce | π = r; least value is the entropy of R/Z | every edge, weighted by its flow |
 | exact_squared | π = r | every edge, weighted by its flow |
-| subtree_ce | as exact_ce, of which it is an unbiased estimate | every child of the nodes on drawn paths |
-| sft | as exact_ce, of which it is an unbiased estimate | the edges of drawn paths |
+| subtree_ce | as exact_ce; an unbiased estimate of it on paths drawn from the reward | every child of the nodes on paths |
+| sft | as exact_ce, of which it is an unbiased estimate; paths drawn from the reward alone | the edges of drawn paths |
 | subtb, tb, db | π = r (tb: at least along whole titles) | the edges of drawn paths |
 | modified_subtb | on the tree: a pseudo-leaf of relative reward e^−15 at every prefix that is no title | the edges and ⊤ on drawn paths |
 """
@@ -207,7 +207,7 @@ def fit(
         budget: tokens to put through `tree.model`; the step that passes it is the last. Draws from the policy count.
         paths: where the sampled losses look: titles drawn from the reward, from the policy itself, or the paper's
             schedule, which starts with titles drawn in proportion to their length and moves to the policy by a tenth
-            each time that the loss falls below `threshold`.
+            each time that the loss falls below `threshold` (the paper: 0.05, and 0.4 for its large catalogue).
         n_paths: titles a step.
         penalty: weight of what is lost to tokens that leave the tree. The modified SubTB needs it: it compares tokens
             with the terminator alone, so that it vanishes for policies that leave the tree as well.
@@ -222,6 +222,8 @@ def fit(
     if loss not in LOSSES or paths not in PATHS:
         raise ValueError(f"loss {loss!r} with paths {paths!r}: choose of {', '.join(LOSSES)} and {', '.join(PATHS)}")
     torch.manual_seed(seed)
+    if loss == "sft" and paths != "reward":
+        raise ValueError(f"sft imitates what is drawn: with paths {paths!r} it would not aim at the reward")
     weights = [w for w in tree.model.parameters() if w.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0, fused=True)
     log: list[dict[str, Any]] = [{"step": 0, "forward_tokens": 0, "seconds": 0.0} | measure(tree, log_item_rewards)]

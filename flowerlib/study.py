@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from . import assets, backbone, baselines, fit, policy, readers, runs
 from .trie import TitleTrie
 
-MODULES = ("backbone", "fit", "losses", "metrics", "trie")  # the code that a kept case depends on
+MODULES = ("backbone", "fit", "losses", "metrics", "policy", "study", "trie")  # the code that a kept case depends on
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class FitSettings:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+        if self.preference_titles < 2:
+            raise ValueError("preference_titles is 1: preferences compare two titles at least")
 
 
 def listed(text: str) -> list[str]:
@@ -137,7 +139,7 @@ def cases(chosen: FitSettings, counts: pd.Series) -> list[Case]:
 
     found = [case(small, method, paths, seed) for method in listed(chosen.methods)
              for paths in _paths(method, chosen) for seed in (seeds[:1] if method.startswith("exact") else seeds)]
-    if chosen.longer:
+    if chosen.longer > 1 and "subtb" in listed(chosen.methods):
         found.append(case(small, "subtb", "reward", chosen.seed, budget=chosen.longer * chosen.budget))
     if "exact_ce" in listed(chosen.methods):
         shuffled = {seed: pd.Series(np.random.default_rng(seed).permutation(small), small.index) for seed in seeds}
