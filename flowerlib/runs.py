@@ -69,7 +69,7 @@ class Settings:
     # Flower (notebook 03)
     counts: str = "true"  # or "windowed": counts of the official code
     reward: str = "exact"  # "none": counts alone; "exact": counts^alpha * p_ui^beta; "div", "add": the paper's tilts
-    alpha: float = -0.5  # of (count + 1)^alpha in the reward: 1 is the paper's, below 0 it falls with popularity
+    alpha: float = -1.0  # of (count + 1)^alpha in the reward: 1 is the paper's, below 0 it falls with popularity
     beta: float = 1.0  # of p_ui^beta in the reward "exact"; strength of "add"
     flow: str = "children"  # "subtb", the paper's, or "children": KL to the token rewards at every node of a path
     theta: float = 0.5  # loss = theta * SFT + (1 - theta) * flow

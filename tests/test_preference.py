@@ -36,8 +36,9 @@ def test_it_learns_what_follows(trained):
     torch.testing.assert_close(log_p.exp().sum(1), torch.ones(N))
     assert log_p.argmax(1).tolist() == targets
     validation = log[log.kind == "validation"].loss
-    own = -log_p[torch.arange(N), torch.tensor(targets)].mean()
-    assert own == pytest.approx(validation.min(), abs=1e-3) and own < np.log(N) / 2
+    own = -log_p[torch.arange(N), torch.tensor(targets)].mean().item()
+    assert validation.min() - 0.02 < own <= validation.min() + 1e-4  # the loss knows one class more: the beginning
+    assert own < np.log(N) / 2
 
 
 def test_padding_and_titles_beyond_the_window_do_not_matter(trained):
