@@ -29,7 +29,7 @@ class ComparisonSettings:
 
     profile: str = "laptop"
     n_seeds: int = 2  # trainings of SFT and of the chosen Flower
-    sweep: str = "-0.5:0.5, 0:0.5, -0.5:0.1, -1:0.5"  # alpha:theta of Flower, tried on validation users, one seed
+    sweep: str = "0:0.5, -0.5:0.5, -0.5:0.1, -1:0.5"  # alpha:theta of Flower, tried on validation users, one seed
     rewards: str = "none, div, add"  # Flower's other rewards, at alpha and theta of their own (OTHER_REWARDS)
     guides: str = "0.3, 0.5, 0.7"  # weights of D3's preference, tried on validation users
     temperature: float = 1.5  # of the baseline "Temperature" (the paper's)
@@ -157,8 +157,9 @@ class Arena:
         return [self.item_leaf[items].tolist() for items in users.seen]
 
     def contender(self, method: str, seed: int, **overrides: Any) -> Contender:
-        """A language model to tune with the run's settings but for these."""
-        return Contender(method, replace(self.base, seed=seed, **overrides))
+        """A language model to tune with the run's settings but for these; Flower's own do not touch the other methods."""
+        of_flower = {} if method == "Flower" else {"theta": 1.0, "alpha": 0.0, "reward": "none"}
+        return Contender(method, replace(self.base, seed=seed, **of_flower, **overrides))
 
     def one_target(self, method: str, n_tokens: int) -> Contender:
         """A contender on one-target rows that sends about n_tokens forward: "IFairLRS", or SFT beside it."""
@@ -246,11 +247,9 @@ class Arena:
         return {"method": method, **told, "part": part, "n_users": len(users)} | values
 
 
-def choose(
-    rows: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], accuracy: str, keep: float
-) -> Mapping[str, Any]:
-    """The lowest DGU among the rows that keep this part of the reference's accuracy; without any, the most accurate."""
-    able = [row for row in rows if row[accuracy] >= keep * reference[accuracy]]
+def choose(rows: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], accuracy: str) -> Mapping[str, Any]:
+    """The lowest DGU among the rows at least as accurate as the reference; without any, the most accurate."""
+    able = [row for row in rows if row[accuracy] >= reference[accuracy]]
     return min(able, key=lambda row: row["dgu"]) if able else max(rows, key=lambda row: row[accuracy])
 
 

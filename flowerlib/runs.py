@@ -69,10 +69,10 @@ class Settings:
     # Flower (notebook 03)
     counts: str = "true"  # or "windowed": counts of the official code
     reward: str = "exact"  # "none": counts alone; "exact": counts^alpha * p_ui^beta; "div", "add": the paper's tilts
-    alpha: float = -1.0  # of (count + 1)^alpha in the reward: 1 is the paper's, below 0 it falls with popularity
+    alpha: float = -0.5  # of (count + 1)^alpha in the reward: 1 is the paper's, below 0 it falls with popularity
     beta: float = 1.0  # of p_ui^beta in the reward "exact"; strength of "add"
     flow: str = "children"  # "subtb", the paper's, or "children": KL to the token rewards at every node of a path
-    theta: float = 0.5  # loss = theta * SFT + (1 - theta) * flow
+    theta: float = 0.1  # loss = theta * SFT + (1 - theta) * flow
     lam: float = 1.0  # SubTB's lambda
     n_paths: int = 1  # drawn titles a row, where paths are drawn
     paths: str = "logged"  # "logged": the data's own titles; "reward": drawn from the flow; "policy": from the model
