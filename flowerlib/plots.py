@@ -335,7 +335,7 @@ def frontier(axes: Axes, rows: Sequence[Mapping[str, Any]], accuracy: str, title
                 said = ", ".join(told[key].format(row[key]) for key in known)
                 axes.annotate(said, (row["dgu"], row[accuracy]), xytext=(7, 4), textcoords="offset points", fontsize=11)
     axes.set(xlabel=METRIC_LABELS["dgu"], ylabel=accuracy.upper(), xlim=(0, None), ylim=(0, None))
-    axes.legend(loc="lower right")
+    axes.legend(loc="center right")
     best, fairest = (pick(rows, key=lambda row: row[key]) for pick, key in ((max, accuracy), (min, "dgu")))
     return _titled(axes, title or f"Most accurate: {best['method']} ({accuracy.upper()} {best[accuracy]:.3f}, DGU "
                                   f"{best['dgu']:.2f}); fairest: {fairest['method']} ({fairest[accuracy]:.3f}, "

@@ -60,15 +60,17 @@ def comparison_table(results: Path) -> str:
     return "\n".join(lines)
 
 
-def next_table(results: Path) -> str:
-    """README's table of the whole comparison: lists of the test users without seen titles, most accurate first."""
-    rows = [row for row in runs.read_results(results) if row["part"] == "test" and row["seen"] == "excluded"]
+def next_table(results: Path, part: str) -> str:
+    """README's table of the whole comparison: lists of this part's users without seen titles, most accurate first."""
+    rows = [row for row in runs.read_results(results) if row["part"] == part and row["seen"] == "excluded"]
     k = max(int(m[1]) for name in rows[0] if (m := re.fullmatch(r"ndcg@(\d+)", name)))
     lines = [f"| method | decoding | seed | NDCG@{k} | HR@{k} | DGU | H (bits) | distinct titles | Gini |",
              "|---|---|---|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda r: (r["decoding"] == "beam_normalised", -r[f"ndcg@{k}"])):
-        ranges = [f"{row[name]:.3f} [{row[name + '_lo']:.3f}, {row[name + '_hi']:.3f}]" for name in (f"ndcg@{k}", f"hr@{k}", "dgu")]
-        told = [f"reward {row['reward']}", f"α = {row['alpha']:g}", f"θ = {row['theta']:g}"] if "reward" in row else []
+        ranges = [f"{row[name]:.3f}" + (f" [{row[name + '_lo']:.3f}, {row[name + '_hi']:.3f}]" if f"{name}_lo" in row else "")
+                  for name in (f"ndcg@{k}", f"hr@{k}", "dgu")]
+        said = {"reward": "reward {}", "alpha": "α = {:g}", "theta": "θ = {:g}", "guide": "weight {:g}"}
+        told = [said[key].format(row[key]) for key in said if key in row]
         name = f"{row['method']} ({', '.join(told)})" if told else row["method"]
         lines.append(f"| {name} | {row['decoding'].replace('_', ', length-')} | {row['seed']} | {' | '.join(ranges)} | "
                      f"{row['h_bits']:.2f} | {row['distinct']:.0f} | {row['gini']:.3f} |")
@@ -135,7 +137,8 @@ def main() -> None:
     if FIT in names:
         text = between(text, "fit", fit_table(FIGURES / f"{Path(FIT).stem}.json"))
     if COMPARISON in names:
-        text = between(text, "next", next_table(FIGURES / f"{Path(COMPARISON).stem}.json"))
+        text = between(text, "sweep", next_table(FIGURES / "07_sweep.json", "valid"))
+        text = between(text, "next", next_table(FIGURES / f"{Path(COMPARISON).stem}.json", "test"))
     README.write_text(text, encoding="utf-8")
     print(f"{len(names)} notebooks, {FIGURES.name}/ and README.md hold the run in {folder}")
 
