@@ -45,11 +45,19 @@ class PreferenceModel(GPT2LMHeadModel):
     def n_leaves(self) -> int:
         return self.config.vocab_size - 1
 
+    @property
+    def window(self) -> int:
+        """Titles that it reads at most. Training windows hold one more, the target of the last place."""
+        return self.config.n_positions - 2
+
     def log_p(self, leaves: Tensor) -> Tensor:
         """log p of each leaf after the first 0, 1, …, T titles: (B, T) leaf ids, -1 after a row's end → (B, T + 1, L) nats.
 
-        What stands further back than the model's window is left to the caller to cut.
+        Raises:
+            ValueError: a row is longer than the window, so that a place would be read that no training has seen.
         """
+        if leaves.shape[1] > self.window:
+            raise ValueError(f"{leaves.shape[1]} titles, and the preference model reads {self.window}: cut the history")
         ids = torch.nn.functional.pad(leaves, (1, 0), value=-1)
         ids = torch.where(ids < 0, self.n_leaves, ids)
         return self(input_ids=ids, use_cache=False).logits[..., : self.n_leaves].float().log_softmax(-1)
@@ -57,10 +65,9 @@ class PreferenceModel(GPT2LMHeadModel):
     @torch.no_grad()
     def after(self, histories: Sequence[Sequence[int]], batch_size: int = 256) -> Tensor:
         """log p_ui after each history of leaf ids, oldest first, the last window of it: (U, L) nats."""
-        window = self.config.n_positions - 1
         found = []
         for first in range(0, len(histories), batch_size):
-            batch = [list(history)[-window:] for history in histories[first : first + batch_size]]
+            batch = [list(history)[-self.window :] for history in histories[first : first + batch_size]]
             leaves = right_padded(batch, -1).to(self.device)
             last = torch.tensor([len(history) for history in batch], device=self.device)
             found.append(self.log_p(leaves)[torch.arange(len(batch), device=self.device), last])
@@ -115,7 +122,7 @@ def train_preference(
 
     Args:
         sequences: each user's training titles as leaf ids, oldest first. histories, targets: the validation rows.
-        chosen: preference_size, preference_epochs, max_history (the window) and seed are used.
+        chosen: preference_size, preference_epochs, max_history (what it reads) and seed are used.
 
     Returns:
         The model; and the log: step, kind ("train" or "validation") and loss, nats per target.
@@ -130,11 +137,12 @@ def train_preference(
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     runs.seed_everything(chosen.seed)
     model = PreferenceModel(GPT2Config(
-        vocab_size=n_leaves + 1, n_positions=chosen.max_history + 1, n_embd=chosen.preference_size, n_layer=2, n_head=2,
+        vocab_size=n_leaves + 1, n_positions=chosen.max_history + 2, n_embd=chosen.preference_size, n_layer=2, n_head=2,
         resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2, bos_token_id=n_leaves, eos_token_id=n_leaves,
     ))
-    rows = _Windows([list(map(int, s)) for s in sequences if len(s)], chosen.max_history)
-    valid = _NextTitles(histories, targets, chosen.max_history)
+    window = chosen.max_history + 1
+    rows = _Windows([list(map(int, s)) for s in sequences if len(s)], window)
+    valid = _NextTitles(histories, targets, window)
     logging.set_verbosity_error()
     trainer = Trainer(
         model, _arguments(chosen, folder / "checkpoints", len(rows)), train_dataset=rows, eval_dataset=valid,

@@ -41,6 +41,19 @@ def test_it_learns_what_follows(trained):
     assert own < np.log(N) / 2
 
 
+def test_a_full_window_is_read_as_well_as_a_short_one(trained):
+    """The last place that is read is one that training has seen."""
+    _, model, *_ = trained
+    assert model.window == CHOSEN.max_history
+    histories = [[(i + t) % N for t in range(CHOSEN.max_history)] for i in range(N)]
+    log_p = model.after(histories)
+    targets = torch.tensor([(i + CHOSEN.max_history) % N for i in range(N)])
+    assert (log_p.argmax(1) == targets).all()
+    assert -log_p[torch.arange(N), targets].mean() < np.log(N) / 2
+    with pytest.raises(ValueError, match="reads 4: cut the history"):
+        model.log_p(torch.zeros(1, 5, dtype=torch.long))
+
+
 def test_padding_and_titles_beyond_the_window_do_not_matter(trained):
     _, model, *_ = trained
     histories = [[], [3], [1, 2, 3, 4], [7, 7, 7, 1, 2, 3, 4]]

@@ -133,7 +133,7 @@ def test_a_reward_with_preference_needs_the_model_of_it(tmp_path):
 
 def preference_model():
     torch.manual_seed(0)
-    config = preference.GPT2Config(vocab_size=len(TITLES) + 1, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    config = preference.GPT2Config(vocab_size=len(TITLES) + 1, n_positions=9, n_embd=16, n_layer=1, n_head=2)
     return preference.PreferenceModel(config).eval()
 
 
