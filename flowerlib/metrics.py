@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
@@ -80,6 +81,16 @@ def exposure_of(recommendations: ArrayLike, n_leaves: int) -> Ints:
     if filled.size and filled.max() >= n_leaves:
         raise ValueError(f"leaf {filled.max()} is not one of {n_leaves}")
     return np.bincount(filled, minlength=n_leaves)
+
+
+def slot_table(recommendations: ArrayLike, targets: ArrayLike, titles: Sequence[str]) -> pd.DataFrame:
+    """Lists (U, K) as a table, a row for every filled slot: user (row of the lists), place (from 1), title, and hit,
+    whether it is the user's target."""
+    lists = np.asarray(recommendations)
+    users, places = np.nonzero(lists >= 0)
+    leaves = lists[users, places]
+    hit = leaves == np.asarray(targets)[users]
+    return pd.DataFrame({"user": users, "place": places + 1, "title": np.asarray(titles, object)[leaves], "hit": hit})
 
 
 def exposure_by_name(recommended: Sequence[str], names: Sequence[str]) -> Ints:

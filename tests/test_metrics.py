@@ -305,3 +305,8 @@ def test_the_tail_holds_its_share_of_the_interactions():
     assert metrics.tail([50, 30, 10, 6, 4]).tolist() == [False, False, True, True, True]
     assert metrics.tail_share([0, 0, 1, 0, 3], [50, 30, 10, 6, 4]) == 1
     assert metrics.tail_share([1, 1, 1, 1, 0], [97, 1, 1, 1, 0]) == 0.75
+
+
+def test_a_row_for_every_filled_slot():
+    table = metrics.slot_table([[2, 0], [1, -1]], [0, 1], ["a", "b", "c"])
+    assert table.values.tolist() == [[0, 1, "c", False], [0, 2, "a", True], [1, 1, "b", True]]
