@@ -60,9 +60,9 @@ def comparison_table(results: Path) -> str:
     return "\n".join(lines)
 
 
-def next_table(results: Path, part: str) -> str:
-    """README's table of the whole comparison: lists of this part's users without seen titles, most accurate first."""
-    rows = [row for row in runs.read_results(results) if row["part"] == part and row["seen"] == "excluded"]
+def next_table(results: Path) -> str:
+    """README's table of the whole comparison: lists of all test users without seen titles, most accurate first."""
+    rows = [row for row in runs.read_results(results) if row["part"] == "test" and row["seen"] == "excluded"]
     k = max(int(m[1]) for name in rows[0] if (m := re.fullmatch(r"ndcg@(\d+)", name)))
     lines = [f"| method | decoding | seed | NDCG@{k} | HR@{k} | DGU | H (bits) | distinct titles | Gini |",
              "|---|---|---|---|---|---|---|---|---|"]
@@ -137,8 +137,7 @@ def main() -> None:
     if FIT in names:
         text = between(text, "fit", fit_table(FIGURES / f"{Path(FIT).stem}.json"))
     if COMPARISON in names:
-        text = between(text, "sweep", next_table(FIGURES / "07_sweep.json", "valid"))
-        text = between(text, "next", next_table(FIGURES / f"{Path(COMPARISON).stem}.json", "test"))
+        text = between(text, "next", next_table(FIGURES / f"{Path(COMPARISON).stem}.json"))
     README.write_text(text, encoding="utf-8")
     print(f"{len(names)} notebooks, {FIGURES.name}/ and README.md hold the run in {folder}")
 

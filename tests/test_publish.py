@@ -56,7 +56,8 @@ def test_the_readme_states_what_the_results_files_hold():
     text = publish.README.read_text(encoding="utf-8")
     tables = {"comparison": publish.comparison_table(publish.FIGURES / "04_bias_and_diversity.json"),
               "timings": publish.timing_table(publish.FIGURES / "timings.json"),
-              "fit": publish.fit_table(publish.FIGURES / "05_fit_a_known_distribution.json")}
+              "fit": publish.fit_table(publish.FIGURES / "05_fit_a_known_distribution.json"),
+              "next": publish.next_table(publish.FIGURES / "07_which_title_next.json")}
     for mark, table in tables.items():
         assert publish.between(text, mark, table) == text
     for name in re.findall(r"figures/[\w.]+", text):
