@@ -333,13 +333,15 @@ def frontier(axes: Axes, rows: Sequence[Mapping[str, Any]], accuracy: str, title
                       label=None if hollow else name)
             for row in own if known and not hollow else ():
                 said = ", ".join(told[key].format(row[key]) for key in known)
-                axes.annotate(said, (row["dgu"], row[accuracy]), xytext=(7, 4), textcoords="offset points", fontsize=11)
-    axes.set(xlabel=METRIC_LABELS["dgu"], ylabel=accuracy.upper(), xlim=(0, None), ylim=(0, None))
-    axes.legend(loc="center right")
+                axes.annotate(said, (row["dgu"], row[accuracy]), xytext=(0, -9 if len(known) > 1 else 9), ha="center",
+                              va="top" if len(known) > 1 else "bottom", textcoords="offset points", fontsize=11)
+    axes.set(xlabel=METRIC_LABELS["dgu"], ylabel=accuracy.upper(), xlim=(0, None))
+    axes.margins(y=0.12)
+    axes.legend(loc="lower right")
     best, fairest = (pick(rows, key=lambda row: row[key]) for pick, key in ((max, accuracy), (min, "dgu")))
     return _titled(axes, title or f"Most accurate: {best['method']} ({accuracy.upper()} {best[accuracy]:.3f}, DGU "
                                   f"{best['dgu']:.2f}); fairest: {fairest['method']} ({fairest[accuracy]:.3f}, "
-                                  f"{fairest['dgu']:.2f})", width=80)
+                                  f"{fairest['dgu']:.2f})", width=88)
 
 
 def metric_intervals(
