@@ -97,6 +97,7 @@ class Contender:
 
     method: str  # "SFT", "Flower", "IFairLRS" or "SFT, one target"
     settings: Settings
+    n_rows: int = 0  # rows of train.parquet, drawn by the seed (0: all)
 
     @property
     def name(self) -> str:
@@ -162,10 +163,31 @@ class Arena:
         return Contender(method, replace(self.base, seed=seed, **of_flower, **overrides))
 
     def one_target(self, method: str, n_tokens: int) -> Contender:
-        """A contender on one-target rows that sends about n_tokens forward: "IFairLRS", or SFT beside it."""
+        """A contender on one-target rows that sends about n_tokens forward: "IFairLRS", or SFT beside it.
+
+        Where one pass over all rows would send more, it is one pass over some, drawn by the seed.
+        """
         one_pass = self.contender(method, self.base.seed, rows="target", epochs=1.0, reweight=method == "IFairLRS")
-        epochs = n_tokens / self.forward_tokens(one_pass)
-        return replace(one_pass, settings=replace(one_pass.settings, epochs=epochs))
+        tokens = np.diff(self._rows(one_pass).start)[self._order(one_pass)].cumsum()
+        if n_tokens >= tokens[-1]:
+            return replace(one_pass, settings=replace(one_pass.settings, epochs=n_tokens / tokens[-1]))
+        return replace(one_pass, n_rows=1 + int(np.searchsorted(tokens, n_tokens)))
+
+    def _order(self, contender: Contender) -> NDArray[np.int64]:
+        return np.random.default_rng(contender.settings.seed).permutation(len(self.tables.train))
+
+    def _tables(self, contender: Contender) -> data.Tables:
+        """The tables that the contender is trained on."""
+        if not contender.n_rows:
+            return self.tables
+        kept = np.sort(self._order(contender)[: contender.n_rows])
+        return replace(self.tables, train=self.tables.train.iloc[kept])
+
+    def _rows(self, contender: Contender) -> train.Rows:
+        chosen, titles = contender.settings, self.tables.items.title.tolist()
+        tokenizer = backbone.load_backbone(chosen, [*titles, *policy.prompt_texts(chosen.category, chosen.rows)])[1]
+        catalogue = policy.Catalogue.build(tokenizer, titles, chosen.category, chosen.rows)
+        return train.training_rows(catalogue, self._tables(contender), chosen)
 
     def model(self, contender: Contender) -> tuple[PreTrainedModel, policy.Catalogue]:
         """The contender, tuned: now, or taken from its folder where that was done before; the last one stays in memory."""
@@ -179,7 +201,7 @@ class Arena:
             if contender.method == "Flower":
                 log_rewards = rewards.count_log_rewards(catalogue.trie, torch.from_numpy(self.item_counts), chosen.alpha)
             print(f"{contender.name}:", flush=True)
-            train.train(lm, tokenizer, catalogue, self.tables, chosen, self.folder / "models" / contender.name,
+            train.train(lm, tokenizer, catalogue, self._tables(contender), chosen, self.folder / "models" / contender.name,
                         self.folder / "cache" / chosen.rows, log_rewards, self.preference)
             self._loaded = contender, lm, catalogue
         return self._loaded[1:]
@@ -227,16 +249,13 @@ class Arena:
         return np.array(json.loads(path.read_text(encoding="utf-8"))["share"])
 
     def _made_from(self, contender: Contender) -> dict[str, Any]:
-        return {"contender": contender.method, "settings": asdict(contender.settings), "data": self._made_of,
-                "code": runs.code_digest(*train.MODULES, "decoding")}
+        part = {"n_rows": contender.n_rows} if contender.n_rows else {}
+        return part | {"contender": contender.method, "settings": asdict(contender.settings), "data": self._made_of,
+                       "code": runs.code_digest(*train.MODULES, "decoding")}
 
     def forward_tokens(self, contender: Contender) -> int:
         """Tokens that training sends through the tuned layers."""
-        chosen, titles = contender.settings, self.tables.items.title.tolist()
-        texts = [*titles, *policy.prompt_texts(chosen.category, chosen.rows)]
-        tokenizer = backbone.load_backbone(chosen, texts)[1]
-        catalogue = policy.Catalogue.build(tokenizer, titles, chosen.category, chosen.rows)
-        return round(chosen.epochs * train.training_rows(catalogue, self.tables, chosen).start[-1])
+        return round(contender.settings.epochs * self._rows(contender).start[-1])
 
     def row(
         self, method: str, lists: Lists, part: str, users: Users, n_bootstrap: int = 1000, **told: Any

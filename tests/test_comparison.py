@@ -83,6 +83,8 @@ def test_one_target_rows_get_equally_many_tokens(arena):
     for method in ("SFT, one target", "IFairLRS"):
         contender = arena.one_target(method, tokens)
         assert arena.forward_tokens(contender) == pytest.approx(tokens, rel=1e-3)
+        few = arena.one_target(method, 1000)
+        assert few.settings.epochs == 1 and 1000 <= arena.forward_tokens(few) < 1200  # to a row
         assert contender.settings.reweight == (method == "IFairLRS") and contender.settings.rows == "target"
 
 
