@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: reproduce study test bench publish
+.PHONY: reproduce study report test test-browser bench publish
 reproduce: .venv/ready
 	$(BIN)/python -m flowerlib.reproduce --profile $(PROFILE) --out $(OUT) $(foreach p,$(PARAMETERS),-p $(p))
 
@@ -13,8 +13,17 @@ study: .venv/ready
 	$(BIN)/python -m flowerlib.reproduce --profile $(PROFILE) --out $(OUT) $(foreach p,$(PARAMETERS),-p $(p)) \
 	  --only 01_prepare_the_data --only 05_fit_a_known_distribution --only 06_popularity_curves --only 07_which_title_next
 
+report: .venv/ready
+	$(BIN)/python -m flowerlib.report --out $(OUT)
+
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+test-browser: .venv/ready
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) playwright==1.65.2
+	command -v chromium chromium-browser google-chrome >/dev/null || (apt-get update -qq && apt-get install -qq -y chromium >/dev/null) \
+	  || echo "chromium could not be installed here, so the browser tests are skipped: install it by hand"
+	$(BIN)/python -m pytest -rs tests/browser/browse_*.py
 
 bench: .venv/ready
 	$(BIN)/python -m pytest tests/benchmarks/bench_*.py --benchmark-enable --benchmark-only

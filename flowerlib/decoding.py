@@ -194,12 +194,13 @@ def _candidates(
     if free.blocked is not None:
         left = ~free.blocked[rows // width, children]
         rows, children = rows[left], children[left]
-    logits = logits.flatten(0, 1).float() / search.temperature
-    step = logits[rows, trie.token[children]]
+    logits = logits.flatten(0, 1)
+    step = logits[rows, trie.token[children]].float() / search.temperature
     if search.child_renormalised or search.stochastic or search.guide:
         step = step - segment_logsumexp(step, rows, n * width)[rows]
     else:
-        step = step - logits.logsumexp(-1)[rows]
+        hot = logits if search.temperature == 1 else logits / search.temperature
+        step = step - hot.float().logsumexp(-1)[rows]
     if search.guide:
         step = (1 - search.guide) * step + search.guide * free.liked[rows // width, children]
     total = score.flatten()[rows] + step

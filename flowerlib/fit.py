@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -195,7 +195,7 @@ def measure(tree: PackedTree, log_item_rewards: Tensor) -> dict[str, float]:
 def fit(
     tree: PackedTree, log_item_rewards: Tensor, loss: str, budget: int, paths: str = "reward", n_paths: int = 16,
     learning_rate: float = 1e-3, penalty: float = 0.0, threshold: float = 0.05, evaluations: int = 8, seed: int = 0,
-    progress: bool = True,
+    progress: bool = True, watch: Callable[[Mapping[str, Any]], None] = lambda row: None,
 ) -> pd.DataFrame:
     """Tunes `tree.model` until it draws titles in proportion to reward, as well as the loss can.
 
@@ -211,6 +211,7 @@ def fit(
         n_paths: titles a step.
         penalty: weight of what is lost to tokens that leave the tree. The modified SubTB needs it: it compares tokens
             with the terminator alone, so that it vanishes for policies that leave the tree as well.
+        watch: is called with each row of the log as it comes.
 
     Returns:
         One row an evaluation, the first before any step: step, forward_tokens, seconds of training, loss, and
@@ -227,6 +228,7 @@ def fit(
     weights = [w for w in tree.model.parameters() if w.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0, fused=True)
     log: list[dict[str, Any]] = [{"step": 0, "forward_tokens": 0, "seconds": 0.0} | measure(tree, log_item_rewards)]
+    watch(log[0])
     first, tokens, spent, on_policy, step = tree.forward_tokens, 0, 0.0, 0.0, 0
     lengths = tree.trie.depth[tree.trie.leaves].double()
     bar = tqdm(total=budget, desc=f"{loss}, {paths}", unit=" tokens", disable=not progress)
@@ -252,6 +254,7 @@ def fit(
         if tokens >= budget or tokens * evaluations >= budget * len(log):
             row = {"step": step, "forward_tokens": tokens, "seconds": spent, "loss": value}
             log.append(row | measure(tree, log_item_rewards))
+            watch(log[-1])
     bar.close()
     return pd.DataFrame(log)
 

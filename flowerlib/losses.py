@@ -129,6 +129,14 @@ def off_trie_penalty(log_pf: Tensor, parent: Tensor, log_reach: Tensor) -> Tenso
     return -(log_reach[left].exp() * on_trie[left]).sum()
 
 
+def subpath_weights(mask: Tensor, lam: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, T) → (B, T + 1, T + 1) λ^(b − a − 1) of the sub-path from a to b, 0 where there is none."""
+    position = torch.arange(mask.shape[-1] + 1, device=mask.device)
+    gap = position[None, :] - position[:, None]
+    weight = torch.where(gap > 0, lam ** (gap.clamp(min=1) - 1).to(dtype), 0)
+    return weight * (position <= mask.sum(-1)[:, None])[:, None]
+
+
 def _check(mask: Tensor, *tensors: Tensor) -> None:
     if any(t.shape != mask.shape for t in tensors) or mask.dim() != 2:
         raise ValueError(f"losses take (B, T) tensors of one shape, not {[tuple(t.shape) for t in (*tensors, mask)]}")
@@ -142,9 +150,5 @@ def _mean_squared_sums(steps: Tensor, mask: Tensor, lam: float) -> Tensor:
     """λ-weighted mean over a < b ≤ length of (Σ_{a ≤ t < b} steps_t)²; steps are 0 where mask is False."""
     sums = torch.nn.functional.pad(steps.cumsum(-1), (1, 0))
     residuals = sums[:, None, :] - sums[:, :, None]
-    position = torch.arange(sums.shape[-1], device=steps.device)
-    gap = position[None, :] - position[:, None]
-    weight = torch.where(gap > 0, lam ** (gap.clamp(min=1) - 1).to(steps.dtype), 0)
-    valid = position[None, None, :] <= mask.sum(-1)[:, None, None]
-    weight = weight * valid
+    weight = subpath_weights(mask, lam, steps.dtype)
     return (weight * residuals.square()).sum() / weight.sum()

@@ -73,8 +73,10 @@ def styles(names: Sequence[str]) -> dict[str, tuple[Any, Any, str, str]]:
     return {name: STYLES[fixed[name] if name in fixed else len(FIXED) + others.index(name)] for name in names}
 
 
-def _titled(axes: Axes, text: str, width: int = 67) -> Axes:
-    axes.set_title(textwrap.fill(text, width))
+def _titled(axes: Axes, text: str) -> Axes:
+    """Sets the title, broken into lines of about the axes' width."""
+    points = 72 * axes.bbox.width / axes.figure.dpi
+    axes.set_title(textwrap.fill(text, int(points / (0.6 * axes.title.get_fontsize()))))
     return axes
 
 
@@ -183,10 +185,10 @@ def flow_tree(
     axes: Axes, parent: ArrayLike, labels: Sequence[str], values: ArrayLike, title: str | None = None,
     model: ArrayLike | None = None,
 ) -> Axes:
-    """A small title tree from left to right: lines as wide as their flow, each with its token's probability.
+    """A small title tree from left to right: lines as wide as their flow, each with its share.
 
     parent (N,): node 0 is the root (parent -1), parents stand before their children; labels: each node's token;
-    values (N,): flows F. An edge's probability is the token reward r = F(child) / F(parent). model (N,): a model's
+    values (N,): flows F. An edge's share is the token reward r = F(child) / F(parent). model (N,): a model's
     probability of each edge, written after r; the root's is ignored.
 
     Raises:
@@ -229,7 +231,7 @@ def flow_tree(
     axes.set(xlim=(-0.35, depth.max() + 0.4), ylim=(-n_leaves + 0.4, 0.6), yticks=[], ylabel="",
              xticks=np.arange(depth.max() + 1),
              xlabel="tokens so far (box: token and flow; line: "
-                    + ("the token's probability)" if model is None else "token reward r | model's π)"))
+                    + ("share r of the flow)" if model is None else "token reward r | model's π)"))
     axes.grid(False)
     return _titled(axes, title or f"A flow of {values[0]:.3g} leaves the root and ends in {n_leaves} titles")
 
@@ -249,7 +251,7 @@ def fitted(axes: Axes, log_target: ArrayLike, log_model: ArrayLike, name: str, t
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
-    return _titled(axes, title or f"{name}: KL {target @ (log_target - log_model):.1g}", width=40)
+    return _titled(axes, title or f"{name}: KL {target @ (log_target - log_model):.1g}")
 
 
 def fit_curves(
@@ -293,24 +295,26 @@ def fit_summary(axes: Axes, rows: Sequence[Mapping[str, Any]], limit: float, tit
 
 
 def node_choice(
-    axes: Axes, labels: Sequence[str], target: ArrayLike, model: ArrayLike, title: str, n: int = 5,
+    axes: Axes, labels: Sequence[str], series: Mapping[str, ArrayLike], title: str, n: int = 5,
+    xlabel: str = "probability of the next token",
 ) -> Axes:
-    """What follows one node of the tree: token reward r and the model's π, as bars, of the n likeliest children and the
-    rest together."""
-    target, model = np.asarray(target, dtype=float), np.asarray(model, dtype=float)
-    order = np.argsort(-np.maximum(target, model), kind="stable")
+    """What follows one node of the tree: probabilities of its children, as bars, of the n likeliest of them and the rest
+    together; one bar for each of the series, such as token reward r and a model's π."""
+    values = {name: np.asarray(bars, dtype=float) for name, bars in series.items()}
+    order = np.argsort(-np.max(list(values.values()), axis=0), kind="stable")
     shown, rest = order[:n], order[n:]
     names = [str(labels[i]) for i in shown] + ([f"{len(rest)} others"] if len(rest) else [])
-    place = -np.arange(len(names))
-    for values, shift, (colour, _, _, hatch), label in (
-        (target, 0.2, STYLES[0], "reward r"), (model, -0.2, STYLES[2], "model π"),
-    ):
-        bars = [*values[shown], values[rest].sum()][: len(names)]
-        axes.barh(place + shift, bars, 0.38, color=colour, hatch=hatch, edgecolor="white", label=label)
+    place, width = -np.arange(len(names)), 0.8 / len(values)
+    first, *others = values
+    style = {first: STYLES[0]} | styles(others)
+    for i, (name, bars) in enumerate(values.items()):
+        colour, _, _, hatch = style[name]
+        bars = [*bars[shown], bars[rest].sum()][: len(names)]
+        axes.barh(place + 0.4 - (i + 0.5) * width, bars, 0.95 * width, color=colour, hatch=hatch, edgecolor="white", label=name)
     axes.set_yticks(place, names)
-    axes.set(xlim=(0, 1), xlabel="probability of the next token")
+    axes.set(xlim=(0, 1), xlabel=xlabel)
     axes.grid(False, axis="y")
-    return _titled(axes, title, width=34)
+    return _titled(axes, title)
 
 
 def frontier(axes: Axes, rows: Sequence[Mapping[str, Any]], accuracy: str, title: str | None = None) -> Axes:
@@ -341,7 +345,7 @@ def frontier(axes: Axes, rows: Sequence[Mapping[str, Any]], accuracy: str, title
     best, fairest = (pick(rows, key=lambda row: row[key]) for pick, key in ((max, accuracy), (min, "dgu")))
     return _titled(axes, title or f"Most accurate: {best['method']} ({accuracy.upper()} {best[accuracy]:.3f}, DGU "
                                   f"{best['dgu']:.2f}); fairest: {fairest['method']} ({fairest[accuracy]:.3f}, "
-                                  f"{fairest['dgu']:.2f})", width=88)
+                                  f"{fairest['dgu']:.2f})")
 
 
 def metric_intervals(
@@ -367,4 +371,21 @@ def metric_intervals(
     axes.set_xlabel(f"{label}, 95% interval over users")
     low, high = (pick(range(len(rows)), key=lambda i: rows[i][metric]) for pick in (min, max))
     return _titled(axes, title or f"{label.split(' (')[0]} from {rows[low][metric]:.3g} ({names[low]}) "
-                                  f"to {rows[high][metric]:.3g} ({names[high]})", width=50)
+                                  f"to {rows[high][metric]:.3g} ({names[high]})")
+
+
+def ratios(axes: Axes, rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Axes:
+    """Times of one way over times of another, on a log axis: rows hold name, ratio, bound and, where there were several
+    rounds, least and most."""
+    for i, row in enumerate(rows):
+        met = row["ratio"] <= row["bound"]
+        colour, _, marker, _ = STYLES[2 if met else 3]
+        spread = [[row["ratio"] - row.get("least", row["ratio"])], [row.get("most", row["ratio"]) - row["ratio"]]]
+        axes.errorbar(row["ratio"], -i, xerr=spread, color=colour, fmt=marker, capsize=4, markersize=8)
+        axes.plot(row["bound"], -i, "|", color=STYLES[0][0], markersize=18, markeredgewidth=2.5)
+    axes.set_yticks(-np.arange(len(rows)), [textwrap.fill(row["name"].split(" / ")[0], 46) for row in rows])
+    axes.set(xscale="log", ylim=(-len(rows) + 0.4, 0.6), xlabel="time of ours / time of the other way (log scale)")
+    axes.axvline(1, color=STYLES[0][0], linewidth=1)
+    axes.grid(False, axis="y")
+    missed = sum(row["ratio"] > row["bound"] for row in rows)
+    return _titled(axes, title or f"{len(rows) - missed} of {len(rows)} ratios keep their bound (upright strokes)")

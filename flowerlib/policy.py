@@ -111,39 +111,52 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample_leaves(
-    model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, attention_mask: Tensor, temperature: float = 1.0
+    model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, attention_mask: Tensor, branch: Tensor
 ) -> Tensor:
-    """Draws one title per prompt from the model renormalised over the children of each node.
+    """Draws P titles for each row from the model renormalised over the children of each node.
 
-    Only the children's logits are looked at; the prompt stays in view through the key-value cache.
+    Each row is read once, into a cache that its paths share: they go through the model packed behind it. Only the
+    children's logits are looked at, and the model is asked no more once no path can fork.
 
     Args:
-        input_ids, attention_mask: (B, T) prompts padded on the left.
+        input_ids, attention_mask: (B, T) rows padded on the left.
+        branch: (B, P) how many columns of its row each path follows; it does not see the others.
 
     Returns:
-        (B,) leaf nodes.
+        (B, P) leaf nodes.
+
+    Raises:
+        ValueError: the model's scores are NaN.
     """
-    nodes = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+    n, n_paths = branch.shape
     position = positions(attention_mask)
-    cache = None
-    for _ in range(trie.max_depth):
-        out = model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position, past_key_values=cache,
-            use_cache=True, logits_to_keep=1,
-        )
-        cache = out.past_key_values
+    last = (branch - 1).unique()
+    out = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position, use_cache=True,
+                logits_to_keep=last)
+    logits = out.logits.gather(1, torch.searchsorted(last, branch - 1)[..., None].expand(-1, -1, out.logits.shape[-1]))
+    position = position.gather(1, branch - 1)
+    column = torch.arange(input_ids.shape[1], device=branch.device)
+    visible = attention_mask.bool()[:, None] & (column < branch[..., None])
+    itself = torch.eye(n_paths, dtype=torch.bool, device=branch.device).expand(n, -1, -1)
+    nodes = torch.zeros(n * n_paths, dtype=torch.long, device=branch.device)
+    while True:
         rows, children = trie.children(nodes)
-        if len(rows) == 0:
-            break
-        scores = out.logits[rows, -1, trie.token[children]].float() / temperature
+        scores = logits.flatten(0, 1)[rows, trie.token[children]].float()
         noisy = scores - torch.empty_like(scores).exponential_().log()  # Gumbel noise: the argmax is a sample
         best = torch.full((len(nodes),), -torch.inf, device=scores.device).scatter_reduce(0, rows, noisy, "amax")
+        if best.isnan().any():
+            raise ValueError("the model's scores are NaN, so that no title can be drawn: lower learning_rate")
         chosen = noisy == best[rows]
         nodes = nodes.index_copy(0, rows[chosen], children[chosen])
-        input_ids = trie.token[nodes][:, None]
-        attention_mask = torch.cat([attention_mask, torch.ones_like(input_ids)], -1)
-        position = position[:, -1:] + 1
-    return nodes
+        if not trie.forks[nodes].any():
+            while (inner := trie.node_leaf[nodes] < 0).any():
+                nodes = torch.where(inner, trie.child_start[nodes], nodes)
+            return nodes.view(n, n_paths)
+        visible, position = torch.cat([visible, itself], -1), position + 1
+        logits = model(
+            input_ids=trie.token[nodes].view(n, n_paths), attention_mask=visible[:, None], position_ids=position,
+            past_key_values=out.past_key_values, use_cache=True,
+        ).logits
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import pandas as pd
 
 from . import runs
 from .plots import METHOD_NAMES
-from .reproduce import COMPARISON, FIT, FOLDER, NOTEBOOKS, STUDIES, is_noise, reproduce
+from .report import is_noise
+from .reproduce import BENCH, COMPARISON, FIT, FOLDER, NOTEBOOKS, SPEED, STUDIES, reproduce
 
 BY_HAND = "00_follow_the_flow.ipynb"
 FIGURES = runs.ROOT / "figures"
@@ -94,6 +95,17 @@ def fit_table(results: Path) -> str:
     return "\n".join(lines)
 
 
+def speed_table(measured: Path) -> str:
+    """README's table of `make bench`: ratios of times, taken in turns in one process."""
+    lines = ["| ours / the other way | predicted | measured | least, most | bound | kept |", "|---|---|---|---|---|---|"]
+    for row in json.loads(measured.read_text(encoding="utf-8"))["rows"]:
+        predicted = f"{row['predicted']:.2g}" if row.get("predicted") else ""
+        spread = f"{row['least']:.2g}, {row['most']:.2g}" if "least" in row else ""
+        kept = "yes" if row["ratio"] <= row["bound"] else "**no**"
+        lines.append(f"| {row['name']} | {predicted} | {row['ratio']:.2g} | {spread} | {row['bound']:.2g} | {kept} |")
+    return "\n".join(lines)
+
+
 def timing_table(timings: Path) -> str:
     """README's table of times and memory, from the run's timings.json."""
     runs_of: dict[str, Any] = json.loads(timings.read_text(encoding="utf-8"))
@@ -120,11 +132,15 @@ def main() -> None:
     parser.add_argument("notebooks", nargs="*", choices=[*NOTEBOOKS, BY_HAND, *STUDIES, []], metavar="notebook")
     names = parser.parse_args().notebooks or (*NOTEBOOKS, BY_HAND)
     everything = set(NOTEBOOKS) <= set(names)
+    if SPEED in names and not BENCH.exists():
+        parser.error(f"{SPEED} shows what this machine has measured: run `make bench` first")
     folder = runs.ROOT / "runs" / ("publish" if everything else "laptop")
     if everything:  # times are those of a first run
         shutil.rmtree(folder, ignore_errors=True)
     reproduce("laptop", str(folder), {}, names)
     FIGURES.mkdir(exist_ok=True)
+    if SPEED in names:
+        shutil.copy(BENCH, FIGURES / "08_bench.json")
     for name in names:
         copy_outputs(folder / "notebooks" / name, FOLDER / name)
         for path in (*folder.glob(f"figures/{name[:2]}_*.png"), *folder.glob(f"results/{name[:2]}_*.json")):
@@ -134,6 +150,8 @@ def main() -> None:
         shutil.copy(folder / "timings.json", FIGURES)
         text = between(text, "comparison", comparison_table(FIGURES / "04_bias_and_diversity.json"))
         text = between(text, "timings", timing_table(FIGURES / "timings.json"))
+    if SPEED in names:
+        text = between(text, "speed", speed_table(FIGURES / "08_bench.json"))
     if FIT in names:
         text = between(text, "fit", fit_table(FIGURES / f"{Path(FIT).stem}.json"))
     if COMPARISON in names:

@@ -198,13 +198,14 @@ def _read_any(path: Path) -> pd.DataFrame:
     """The table in a CSV, JSON (records, or one object) or Parquet file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file: a relative path counts from the project's root")
+    ending = path.suffix.lower()
     try:
-        if path.suffix == ".json":
+        if ending == ".json":
             held = json.loads(path.read_text(encoding="utf-8"))
             return pd.DataFrame(held.items() if isinstance(held, dict) else held)
-        if path.suffix in (".csv", ".parquet"):
-            return pd.read_csv(path, keep_default_na=False) if path.suffix == ".csv" else pd.read_parquet(path)
-    except (json.JSONDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        if ending in (".csv", ".parquet"):
+            return pd.read_csv(path, keep_default_na=False) if ending == ".csv" else pd.read_parquet(path)
+    except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{path.name} is damaged: {error}") from None
     raise ValueError(f"{path.name}: a table ends in .csv, .json or .parquet")
 

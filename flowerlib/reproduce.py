@@ -15,10 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import nbformat
-import pandas as pd
-
-from . import runs
+from . import report, runs
 
 try:
     import resource
@@ -30,8 +27,12 @@ NOTEBOOKS = (
 )
 FIT, CURVES = "05_fit_a_known_distribution.ipynb", "06_popularity_curves.ipynb"  # stand by themselves
 COMPARISON = "07_which_title_next.ipynb"  # needs 01 alone
-STUDIES = (FIT, CURVES, COMPARISON)  # `make study`: 05 and 07 take long
+SPEED = "08_how_fast.ipynb"  # draws what `make bench` has measured
+EXPLORERS = "09_explore.ipynb"  # looks at what 01 to 04 have left
+STUDIES = (FIT, CURVES, COMPARISON, SPEED, EXPLORERS)  # `make study`: 05 and 07 take long
+READS = {COMPARISON: NOTEBOOKS[:1], EXPLORERS: (*NOTEBOOKS, COMPARISON)}  # what the studies take from other notebooks
 FOLDER = runs.ROOT / "notebooks"
+BENCH = runs.ROOT / "runs" / "bench.json"  # what `make bench` writes and notebook 08 reads
 
 
 class NotebookError(RuntimeError):
@@ -69,8 +70,8 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
     chain = _hash(runs.code_digest(), *(_state(path) for path in brought if path))
     for name in only:
         given = {"PROFILE": profile, "OUT": str(folder)} | {k: v for k, v in overrides.items() if k in known[name]}
-        before = _outputs(folder, NOTEBOOKS[0]) if name == COMPARISON else ""
-        chain = _hash(chain, json.dumps(given, sort_keys=True), _code(FOLDER / name), before)
+        inputs = [_outputs(folder, other) for other in READS.get(name, ())] + [_state(str(BENCH))] * (name == SPEED)
+        chain = _hash(chain, json.dumps(given, sort_keys=True), _code(FOLDER / name), *inputs)
         stamp = folder / "notebooks" / f"{Path(name).stem}.done"
         if stamp.exists() and stamp.read_text() == _hash(chain, _outputs(folder, name)):
             print(f"{name}: unchanged since its last complete run, skipped", flush=True)
@@ -94,35 +95,6 @@ def _outputs(folder: Path, name: str) -> str:
     paths = [*sorted((folder / "results").glob(f"{name[:2]}_*.json")), folder / "notebooks" / name]
     paths += [folder / step / "settings.json" for step, notebook in runs.STEPS.items() if notebook == name]
     return _hash(*(path.read_text(encoding="utf-8") if path.exists() else "" for path in paths))
-
-
-def report(folder: Path, names: Sequence[str] = NOTEBOOKS) -> Path:
-    """Writes the executed notebooks one after the other as one HTML page, the comparison first if 04 is among them."""
-    from nbconvert import HTMLExporter
-
-    pages = [nbformat.read(folder / "notebooks" / name, as_version=4) for name in names]
-    headings = [page.cells[0].source.split("\n")[0].removeprefix("# ") for page in pages]
-    contents = [f"- [{heading}](#{heading.replace(' ', '-')})" for heading in headings]
-    first = contents
-    if NOTEBOOKS[-1] in names:
-        first = ["# SFT against Flower", headline(folder), comparison(folder).to_html(border=0), *contents]
-    joint = nbformat.v4.new_notebook(metadata=pages[0].metadata)
-    joint.cells.append(nbformat.v4.new_markdown_cell("\n\n".join(first)))
-    for n, cell in enumerate((cell for page in pages for cell in page.cells), 1):
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not is_noise(output)]
-        cell["id"] = str(n)
-        joint.cells.append(cell)
-    path = folder / ("report.html" if NOTEBOOKS[-1] in names else f"{Path(names[-1]).stem}.html")
-    with runs.atomic(path) as new:
-        resources = {"metadata": {"name": f"Flower, {folder.name}"}}
-        new.write_text(HTMLExporter().from_notebook_node(joint, resources)[0], encoding="utf-8")
-    return path
-
-
-def is_noise(output: Mapping[str, Any]) -> bool:
-    """Whether a cell's output is a progress bar or a warning."""
-    return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 def _hash(*parts: str) -> str:
@@ -162,24 +134,6 @@ def _run(name: str, given: Mapping[str, Any], folder: Path) -> None:
     print(f"{name}: {seconds:.0f} s", flush=True)
 
 
-def comparison(folder: Path) -> pd.DataFrame:
-    """SFT against Flower, from the results file of notebook 04."""
-    rows = pd.DataFrame(runs.read_results(folder / "results" / "04_bias_and_diversity.json"))
-    k = max(int(name.split("@")[1]) for name in rows if name.startswith("ndcg@") and name.split("@")[1].isdigit())
-    figures = [f"ndcg@{k}", f"hr@{k}", "dgu", "mgu", "h_bits", "ttr", "distinct", "gini"]
-    return rows.set_index(["seen", "decoding", "method"]).sort_index(ascending=False)[figures].round(3)
-
-
-def headline(folder: Path) -> str:
-    """What run this is, in one line."""
-    found = json.loads((folder / "results" / "04_bias_and_diversity.json").read_text(encoding="utf-8"))
-    chosen, n_users = found["provenance"]["settings"], found["rows"][0]["n_users"]
-    line = f"Profile {chosen['profile']}: {chosen['dataset']}, model {chosen['model']}, {n_users:,} test rows, one seed."
-    if chosen["model"] == "tiny":
-        line += " A tiny random model: it shows that everything runs, not which method is better."
-    return line
-
-
 def literal(text: str) -> tuple[str, Any]:
     """NAME=VALUE of the command line as name and Python literal; what is no literal stays text."""
     name, _, value = text.partition("=")
@@ -205,10 +159,9 @@ def main() -> None:
         folder = reproduce(given.profile, given.out, dict(given.parameter), names)
     except (ValueError, NotebookError) as error:
         raise SystemExit(f"error: {error}") from None
-    page = report(folder, names)
     if NOTEBOOKS[-1] in names:
-        print(f"\nSFT against Flower. {headline(folder)}\n\n{comparison(folder).to_string()}\n")
-    print(f"report: {page}\nexecuted notebooks: {folder / 'notebooks'}")
+        print(f"\nSFT against Flower. {report.headline(folder)}\n\n{report.comparison(folder).to_string()}\n")
+    print(f"report: {report.report(folder)}\nexecuted notebooks: {folder / 'notebooks'}")
     print(f"figures: {folder / 'figures'}\nresults: {folder / 'results'}")
 
 

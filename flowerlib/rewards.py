@@ -22,24 +22,28 @@ def log_rewards(rewards: Tensor) -> Tensor:
     return rewards.log()
 
 
-def count_log_rewards(trie: TitleTrie, counts: Tensor, alpha: float = 1.0) -> Tensor:
-    """log R(leaf) = α · log(count + 1), the popularity reward (α = 1 in Gao et al. 2025), per item in nats.
+def count_log_rewards(trie: TitleTrie, counts: Tensor, alpha: float = 1.0, smoothing: float = 1.0) -> Tensor:
+    """log R(leaf) = α · log(count + smoothing), the popularity reward (α = 1 in Gao et al. 2025), per item in nats.
 
     Items with equal titles share a leaf: their counts are added first, then raised, and the leaf's reward is split
     equally among them, so that `trie.log_flows` adds up to it again. α = 0 gives each distinct title the same.
 
     Deviation: the official code gives no flow to items that occur in no history, so they can never be generated;
-    here every catalogue item counts one more than was seen.
+    here every title counts `smoothing` more than was seen.
 
     Args:
         counts: (n_items,) interactions of each item, ≥ 0.
+        smoothing: above 0.
 
     Returns:
         (n_items,) float64.
 
     Raises:
-        ValueError: wrong length, or a negative, NaN or infinite count; the message names the item.
+        ValueError: wrong length, or a negative, NaN or infinite count (the message names the item); smoothing is not
+            positive.
     """
+    if not smoothing > 0:
+        raise ValueError(f"smoothing is {smoothing:g}; it must be positive, so that every title can be recommended")
     counts = torch.as_tensor(counts).double()
     if counts.shape != (trie.n_items,):
         raise ValueError(f"{tuple(counts.shape)} counts for {trie.n_items} items")
@@ -50,7 +54,7 @@ def count_log_rewards(trie: TitleTrie, counts: Tensor, alpha: float = 1.0) -> Te
     per_leaf = torch.zeros(len(trie.leaves), dtype=torch.float64, device=counts.device)
     total = per_leaf.index_add(0, trie.item_leaf, counts)
     sharers = per_leaf.index_add(0, trie.item_leaf, torch.ones_like(counts))
-    return (alpha * (total + 1).log() - sharers.log())[trie.item_leaf]
+    return (alpha * (total + smoothing).log() - sharers.log())[trie.item_leaf]
 
 
 def preference_log_rewards(trie: TitleTrie, log_item_rewards: Tensor, log_p: Tensor, beta: float = 1.0) -> Tensor:

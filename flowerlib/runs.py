@@ -311,10 +311,28 @@ def write_results(path: str | Path, rows: Sequence[Mapping[str, Any]], source: M
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a results file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+    return read_document(path)["rows"]
+
+
+def read_document(path: str | Path) -> dict[str, Any]:
+    """A results file as `write_results` writes it: rows and provenance.
+
+    Raises:
+        ValueError: it is damaged; the message names it.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        found = {}
+    if not {"rows", "provenance"} <= found.keys():
+        raise ValueError(f"{path} is damaged: remove it and run its notebook again")
+    return found
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
-    """Saves a matplotlib figure atomically as PNG, without a date, so that equal figures are equal files."""
+    """Saves a matplotlib figure atomically as PNG, its axes' titles with it; without a date, so that equal figures are
+    equal files."""
+    titles = (axes.get_title() or axes.get_title("left") for axes in figure.axes)
+    said = "; ".join(" ".join(title.split()) for title in titles if title)
     with atomic(path) as new:
-        figure.savefig(new, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(new, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None, "Title": said})

@@ -218,6 +218,7 @@ def drawn(model: PreTrainedModel, trie: TitleTrie, context: list[int], n: int, s
     counts = torch.zeros(len(trie.leaves), dtype=torch.long, device=model.device)
     for start in range(0, n, batch):
         prompts = torch.tensor([context] * min(batch, n - start), device=model.device)
-        leaves = policy.sample_leaves(model, trie, prompts, torch.ones_like(prompts))
-        counts += torch.bincount(trie.node_leaf[leaves], minlength=len(counts))
+        ends = torch.full((len(prompts), 1), len(context), device=model.device)
+        leaves = policy.sample_leaves(model, trie, prompts, torch.ones_like(prompts), ends)
+        counts += torch.bincount(trie.node_leaf[leaves.flatten()], minlength=len(counts))
     return counts.tolist()

@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import data, metrics, runs
 from .backbone import split_layers
-from .losses import node_kl_loss, sft_loss, subtb_loss
+from .losses import node_kl_loss, sft_loss, subpath_weights, subtb_loss
 from .policy import Catalogue, left_padded, positions, sample_leaves
 from .preference import PreferenceModel, right_padded
 from .progress import OneBar, log_table
@@ -236,7 +236,8 @@ class FlowerTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Rows | None = None) -> Sampler[int]:
         rows = train_dataset or self.train_dataset
-        return LikeLengths(list(map(len, rows.input_ids)), self.args.train_batch_size, self.args.seed)
+        together = self.args.train_batch_size * self.args.world_size
+        return LikeLengths(list(map(len, rows.input_ids)), together, self.args.seed)
 
     def compute_loss(
         self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False,
@@ -256,6 +257,7 @@ class FlowerTrainer(Trainer):
             branch = torch.multinomial(starts.float(), self.chosen.n_paths, replacement=True)
             leaves_drawn = self._draw_leaves(model, batch, branch, before, log_p)
             rivals = self.trie.paths(leaves_drawn.flatten()).view(*branch.shape, -1)
+            rivals = rivals[..., : int((rivals >= 0).sum(-1).max())]  # the longest title drawn, not of all
             batch, predictor, sampled = self._packed(batch, rivals, branch)
             nodes = torch.cat([nodes, torch.where(rivals >= 0, rivals, NO_TARGET).flatten(1)], 1)
             before = torch.cat([before, before.gather(1, branch).repeat_interleave(rivals.shape[-1], 1)], 1)
@@ -270,12 +272,13 @@ class FlowerTrainer(Trainer):
         norm = chosen.logsumexp(-1)
         log_pf = chosen.gather(1, tokens[target][:, None])[:, 0] - norm
         drawn = sampled[target]
-        loss = sft = sft_loss(log_pf, ~drawn, self._weights(leaves, rows, before[target]))
+        sft = sft_loss(log_pf, ~drawn, self._weights(leaves, rows, before[target]))
+        loss = sft = self._of_all(sft, (~drawn).sum())
         self._note("sft", sft)
         if self.theta < 1:
             use = (nodes[target] >= 0) & (drawn if drawn.any() else ~drawn)
             log_p = log_p[rows, before[target]][use] if log_p is not None else None
-            flow = self._flow_loss(chosen[use], norm[use], log_pf[use], nodes[target][use], log_p)
+            flow = self._of_all(*self._flow_loss(chosen[use], norm[use], log_pf[use], nodes[target][use], log_p))
             self._note("flow", flow)
             loss = self.theta * sft + (1 - self.theta) * flow
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -289,8 +292,15 @@ class FlowerTrainer(Trainer):
         """Each target token's weight: its title's."""
         return 1.0 if self.leaf_weights is None else self.leaf_weights[leaves[rows, before]]
 
-    def _flow_loss(self, logits: Tensor, norm: Tensor, log_pf: Tensor, nodes: Tensor, log_p: Tensor | None) -> Tensor:
-        """The flow loss over titles laid one after the other.
+    def _of_all(self, mean: Tensor, weight: Tensor) -> Tensor:
+        """A mean over terms of this weight → what, averaged over the processes, is the mean over the terms of all."""
+        n = self.accelerator.num_processes
+        return mean if n == 1 else mean * weight * n / self.accelerator.reduce(weight.float(), "sum")
+
+    def _flow_loss(
+        self, logits: Tensor, norm: Tensor, log_pf: Tensor, nodes: Tensor, log_p: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The flow loss over titles laid one after the other; and the weight of the terms that it is the mean of.
 
         Args:
             logits, norm, log_pf: of the tokens, (n, V), (n,) and (n,). nodes: (n,) the nodes that they reach.
@@ -308,7 +318,7 @@ class FlowerTrainer(Trainer):
         if self.chosen.flow == "children":
             edge, children = self.trie.children(self.trie.parent[nodes])
             log_pf = logits[edge, self.trie.token[children]] - norm[edge]
-            return node_kl_loss(log_pf, log_r[path[edge], children], len(nodes))
+            return node_kl_loss(log_pf, log_r[path[edge], children], len(nodes)), torch.tensor(len(nodes), device=nodes.device)
         shape = (int(path[-1]) + 1, int(depth.max()) + 1)
         mask = torch.zeros(shape, dtype=torch.bool, device=nodes.device)
         mask[path, depth] = True
@@ -318,7 +328,7 @@ class FlowerTrainer(Trainer):
         if self.chosen.reward in ("div", "add"):
             ends = torch.cat([depth[1:] == 0, torch.ones_like(depth[:1], dtype=torch.bool)])
             rows_r = tilted(rows_r, log_p, self.trie.node_leaf[nodes[ends]], self.chosen.reward, self.chosen.beta)
-        return subtb_loss(rows_pf, rows_r, mask, self.chosen.lam)
+        return subtb_loss(rows_pf, rows_r, mask, self.chosen.lam), subpath_weights(mask, self.chosen.lam).sum()
 
     def _packed(
         self, batch: dict[str, Tensor], path: Tensor, branch: Tensor
@@ -363,15 +373,11 @@ class FlowerTrainer(Trainer):
                 log_p = log_p[rows, before.gather(1, branch)].flatten(0, 1)
                 log_rewards = preference_log_rewards(self.trie, log_rewards, log_p, self.chosen.beta)
             return self.trie.leaf[torch.multinomial(log_rewards.softmax(-1), 1)].view(n, n_paths)
-        ids, mask = (batch[name].repeat_interleave(n_paths, 0) for name in ("input_ids", "attention_mask"))
-        width, branch = ids.shape[1], branch.view(-1, 1)
-        column = torch.arange(width, device=ids.device)
-        to_the_right = (column + branch) % width  # each row rolled until its prompt ends at the right edge
-        prompt = mask.gather(1, to_the_right) * (column >= width - branch)
         model.eval()
-        leaves = sample_leaves(self.accelerator.unwrap_model(model), self.trie, ids.gather(1, to_the_right), prompt)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        leaves = sample_leaves(self.accelerator.unwrap_model(model), self.trie, ids, mask, branch)
         model.train()
-        return leaves.view(n, n_paths)
+        return leaves
 
     def _note(self, name: str, value: Tensor) -> None:
         key = name if self.model.training else f"eval_{name}"
@@ -381,7 +387,7 @@ class FlowerTrainer(Trainer):
         """Adds the parts of the loss, averaged since the last log, to transformers' own record."""
         prefix = "eval_" if "eval_loss" in logs else ""
         for key in [k for k in self._parts if k.startswith("eval_") == bool(prefix)]:
-            logs[key] = float(torch.stack(self._parts.pop(key)).mean())
+            logs[key] = float(self.accelerator.reduce(torch.stack(self._parts.pop(key)).mean(), "mean"))
         super().log(logs, *args, **kwargs)
 
 
@@ -405,7 +411,7 @@ def train(
 
     Raises:
         ValueError: a title or a row is longer than the model's context; sampled paths behind frozen layers; a reward
-            that is not positive.
+            that is not positive; a batch that does not part evenly over the processes.
     """
     theta = 1.0 if log_item_rewards is None else chosen.theta
     if theta < 1 and chosen.frozen_layers and chosen.paths != "logged":
@@ -445,6 +451,7 @@ def train(
         leaf_weights=fair_weights(catalogue, tables) if chosen.reweight else None,
     )
     trainer.remove_callback(PrinterCallback)
+    torch.manual_seed(chosen.seed + 1_000_003 * arguments.process_index)  # every process draws paths of its own
     trainer.train(resume_from_checkpoint=last)
     if chosen.lora_rank:
         tuned.merge_and_unload()
@@ -505,18 +512,31 @@ def _last_checkpoint(folder: Path, plan: dict[str, Any]) -> str | None:
     return get_last_checkpoint(folder)
 
 
+def _parted(batch_size: int, device_batch: int, processes: int) -> tuple[int, int]:
+    """Rows that each process takes at once, and how often, so that all together see `batch_size` rows a step."""
+    times = -(-batch_size // (device_batch * processes))
+    rows, rest = divmod(batch_size, times * processes)
+    if rest:
+        raise ValueError(
+            f"batch_size {batch_size} does not part into equal batches of at most {device_batch} rows (device_batch) for "
+            f"{processes} processes: make it a multiple of {times * processes}"
+        )
+    return rows, times
+
+
 def _arguments(chosen: Settings, folder: Path, n_rows: int) -> TrainingArguments:
     total = max(1, round(chosen.epochs * n_rows / chosen.batch_size))
     every = -(-total // chosen.evaluations)
-    at_a_time = min(chosen.batch_size, chosen.device_batch)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # set by `accelerate launch`
+    at_a_time, accumulated = _parted(chosen.batch_size, chosen.device_batch, processes)
     return TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=at_a_time, per_device_eval_batch_size=2 * at_a_time,
-        gradient_accumulation_steps=max(1, chosen.batch_size // (at_a_time * processes)),
+        gradient_accumulation_steps=accumulated,
         learning_rate=chosen.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=total // 20, max_steps=total, eval_strategy="steps",
         eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2, load_best_model_at_end=True,
         metric_for_best_model="eval_loss", logging_steps=max(1, total // 50), report_to="none", seed=chosen.seed,
         remove_unused_columns=False, label_names=["nodes"], prediction_loss_only=True, disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),  # else several CPU processes would not know of each other
         bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(), max_grad_norm=1.0,
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -40,32 +42,40 @@ class TitleTrie:
             ValueError: no items; an empty sequence; a negative or non-integer token; a sequence that continues
                 another one, so that an inner node would be an item (their terminator is missing).
         """
-        rows = _padded(sequences)
-        order = _lexicographic_order(rows)
-        rows = rows[order]
-        differs = np.ones(rows.shape, dtype=bool)
-        np.logical_or.accumulate(rows[1:] != rows[:-1], axis=1, out=differs[1:])
-        parents, tokens, depths = [np.array([-1])], [np.array([-1])], [np.array([0])]
-        node, n_nodes = np.zeros(len(rows), dtype=np.int64), 1  # the node that each sequence has reached
-        for column in range(rows.shape[1]):
-            alive = rows[:, column] >= 0
-            new = differs[:, column] & alive
-            parents.append(node[new])
-            tokens.append(rows[new, column])
-            depths.append(np.full(len(tokens[-1]), column + 1))
-            node = np.where(alive, n_nodes - 1 + np.cumsum(new), node)
+        flat, length = _flat(sequences)
+        start = length.cumsum() - length
+        order = _lexicographic_order(flat, start, length)
+        # Level by level over the sorted sequences. Of each that goes on: its next token, how many tokens are left, the
+        # node that it has reached, and whether it has parted from the one above it.
+        items, at, left = order, start[order], length[order]
+        node, parted = np.zeros(len(items), np.int32), np.arange(len(items)) == 0
+        parents, tokens, n_nodes = [np.int32([-1])], [np.int32([-1])], 1
+        leaf = np.empty(len(items), np.int32)
+        while len(items):
+            token = flat.take(at)
+            parted[1:] |= token[1:] != token[:-1]
+            parents.append(node[parted])
+            tokens.append(token[parted])
+            node = parted.cumsum(dtype=np.int32) + np.int32(n_nodes - 1)
             n_nodes += len(tokens[-1])
-        leaf = np.empty_like(node)
-        leaf[order] = node
-        parent = np.concatenate(parents)
-        child_start = np.searchsorted(parent[1:], np.arange(n_nodes + 1)) + 1
-        inner = np.flatnonzero(child_start[leaf + 1] > child_start[leaf])
-        if len(inner):
-            raise ValueError(
-                f"the sequence of item {inner[0]} is the beginning of another one: end each in a terminator"
-            )
-        arrays = (parent, np.concatenate(tokens), np.concatenate(depths), leaf, child_start)
-        return cls(*(torch.from_numpy(a.astype(np.int64)) for a in arrays))
+            at, left = at + 1, left - 1
+            ends = left == 0
+            if ends.any():
+                goes_on = np.flatnonzero(ends[:-1] & ~ends[1:] & ~parted[1:])
+                if len(goes_on):
+                    item = items[ends & (node == node[goes_on[0]])].min()
+                    raise ValueError(
+                        f"the sequence of item {item} is the beginning of another one: end each in a terminator"
+                    )
+                leaf[items[ends]] = node[ends]
+                items, at, left, node, parted = (x[~ends] for x in (items, at, left, node, parted))
+        parent = np.concatenate(parents, dtype=np.int64)
+        child_start = np.ones(n_nodes + 1, dtype=np.int64)
+        child_start[parent[1:] + 1] = np.arange(2, n_nodes + 1)  # of several children, the last one stays
+        np.maximum.accumulate(child_start, out=child_start)
+        depth = np.repeat(np.arange(len(tokens)), list(map(len, tokens)))
+        arrays = (parent, np.concatenate(tokens, dtype=np.int64), depth, leaf.astype(np.int64), child_start)
+        return cls(*map(torch.from_numpy, arrays))
 
     @property
     def n_nodes(self) -> int:
@@ -120,16 +130,23 @@ class TitleTrie:
         bad = torch.isnan(log_item_rewards) | (log_item_rewards == torch.inf)
         if bad.any():
             raise ValueError(f"the log reward of item {int(bad.nonzero()[0, -1])} is NaN or infinite")
-        start, (items, item_start) = self._level_start, self._items_by_depth
+        # A node is a row: what is read and written is then side by side for all reward vectors.
+        rewards = log_item_rewards.flatten(0, -2).T if log_item_rewards.ndim > 1 else log_item_rewards[:, None]
+        if len(self.leaves) < self.n_items:
+            rewards = segment_logsumexp(rewards.T, self.item_leaf, len(self.leaves)).T
+        rewards, start = rewards.contiguous(), self._level_start
         levels: list[Tensor] = []
         for depth in range(self.max_depth, -1, -1):
-            own = items[item_start[depth] : item_start[depth + 1]]
-            below, owner = log_item_rewards[..., own], self.leaf[own]
+            nodes = slice(start[depth], start[depth + 1])
+            leaf = self.node_leaf[nodes]
+            level = rewards[leaf[leaf >= 0]]
             if levels:
-                below = torch.cat([levels[-1], below], -1)
-                owner = torch.cat([self.parent[start[depth + 1] : start[depth + 2]], owner])
-            levels.append(segment_logsumexp(below, owner - start[depth], start[depth + 1] - start[depth]))
-        return torch.cat(levels[::-1], -1)
+                n_children = self.child_start[start[depth] + 1 : start[depth + 1] + 1] - self.child_start[nodes]
+                inner = _neighbours_logsumexp(levels[-1], n_children[leaf < 0])
+                place = torch.where(leaf < 0, (leaf < 0).cumsum(0), len(inner) + (leaf >= 0).cumsum(0)) - 1
+                level = torch.cat([inner, level])[place] if len(level) else inner
+            levels.append(level)
+        return torch.cat(levels[::-1]).T.view(*log_item_rewards.shape[:-1], self.n_nodes)
 
     def log_token_rewards(self, log_item_rewards: Tensor) -> Tensor:
         """log r(parent → s) = log F(s) − log F(parent) in nats, 0 at the root. Shapes as in `log_flows`.
@@ -163,6 +180,17 @@ class TitleTrie:
         nodes = (self.child_start[1:] > self.child_start[:-1]).nonzero()[1:, 0]
         order = np.lexsort(self.paths(nodes).numpy(force=True).T[::-1])  # -1, past a path's end, comes first
         return nodes[torch.from_numpy(order).to(nodes.device)]
+
+    @cached_property
+    def forks(self) -> Tensor:
+        """(n_nodes,) bool: whether the titles below a node still part, there or further down."""
+        n_children, start = self.child_start[1:] - self.child_start[:-1], self._level_start
+        forks = n_children > 1
+        for depth in range(self.max_depth - 1, -1, -1):
+            level = slice(start[depth], start[depth + 1])
+            only = self.child_start[:-1][level][n_children[level] == 1]
+            forks[level] = forks[level].masked_scatter(n_children[level] == 1, forks[only])
+        return forks
 
     def log_leaf_probs(self, log_edges: Tensor) -> Tensor:
         """Log-probabilities of the edges into each node, (n_nodes,), → their sums along each title, (n_leaves,)."""
@@ -213,12 +241,6 @@ class TitleTrie:
         return [0, *counts.cumsum(0).tolist()]
 
     @cached_property
-    def _items_by_depth(self) -> tuple[Tensor, list[int]]:
-        depth = self.depth[self.leaf]
-        counts = torch.bincount(depth, minlength=self.max_depth + 1)
-        return depth.argsort(stable=True), [0, *counts.cumsum(0).tolist()]
-
-    @cached_property
     def _n_tokens(self) -> int:
         return int(self.token.max()) + 1
 
@@ -228,53 +250,69 @@ class TitleTrie:
         return self.parent[1:] * self._n_tokens + self.token[1:]
 
 
-def _padded(sequences: Sequence[Sequence[int]] | np.ndarray | Tensor) -> np.ndarray:
-    """(n_items, length) int64, padded on the right with -1, checked."""
+def _flat(sequences: Sequence[Sequence[int]] | np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens one after the other, and (n_items,) how many are each item's, checked."""
     if isinstance(sequences, Tensor):
         sequences = sequences.numpy(force=True)
     if isinstance(sequences, np.ndarray):
         if sequences.ndim != 2 or not np.issubdtype(sequences.dtype, np.integer):
             raise ValueError("an array of sequences must be a 2-D array of integers, padded with -1")
-        rows = sequences.astype(np.int64)
+        flat, length = sequences.ravel(), np.full(len(sequences), sequences.shape[1])
+        if flat.min(initial=0) < 0:
+            inside = sequences >= 0
+            length = inside.sum(1)
+            gaps = np.flatnonzero((sequences < -1).any(1) | (inside[:, 1:] & ~inside[:, :-1]).any(1))
+            if len(gaps):
+                raise ValueError(f"the sequence of item {gaps[0]} is not padded with -1 on the right alone")
+            flat = sequences[inside]
     else:
-        lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+        length = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
         try:
-            flat = np.fromiter((t for s in sequences for t in s), dtype=object, count=int(lengths.sum()))
-            tokens = flat.astype(np.int64)
-        except (TypeError, ValueError, OverflowError):
+            flat = np.frombuffer(array("q", chain.from_iterable(sequences)), dtype=np.int64)
+        except (TypeError, OverflowError):
             raise ValueError("tokens must be integers below 2^31") from None
-        if (tokens != flat).any():
-            raise ValueError("tokens must be integers below 2^31")
-        if (tokens < 0).any():
-            item = int(np.repeat(np.arange(len(lengths)), lengths)[tokens < 0][0])
-            raise ValueError(f"the sequence of item {item} holds a negative token")
-        rows = np.full((len(lengths), lengths.max(initial=0)), -1)
-        rows[np.arange(rows.shape[1]) < lengths[:, None]] = tokens
-    if len(rows) == 0:
+
+    def item(bad: np.ndarray) -> int:
+        return int(np.searchsorted(length.cumsum(), bad.argmax(), side="right"))
+
+    if len(length) == 0:
         raise ValueError("a trie needs at least one item")
-    empty = np.flatnonzero(rows[:, 0] < 0) if rows.shape[1] else np.array([0])
-    if len(empty):
-        raise ValueError(f"the sequence of item {empty[0]} is empty")
-    gaps = np.flatnonzero(((rows[:, :-1] < 0) & (rows[:, 1:] >= 0)).any(1) | (rows < -1).any(1))
-    if len(gaps):
-        raise ValueError(f"the sequence of item {gaps[0]} is not padded with -1 on the right alone")
-    huge = np.flatnonzero((rows >= 2**31).any(1))  # node · token must fit into 63 bits
-    if len(huge):
-        raise ValueError(f"the sequence of item {huge[0]} holds a token of 2^31 or more")
-    return rows
+    if (length == 0).any():
+        raise ValueError(f"the sequence of item {(length == 0).argmax()} is empty")
+    if flat.min() < 0:
+        raise ValueError(f"the sequence of item {item(flat < 0)} holds a negative token")
+    if flat.max() >= 2**31:  # node · token must fit into 63 bits
+        raise ValueError(f"the sequence of item {item(flat >= 2**31)} holds a token of 2^31 or more")
+    return flat.astype(np.int32), length
 
 
-def _lexicographic_order(rows: np.ndarray) -> np.ndarray:
-    """(N, L) → (N,) the order that sorts the rows; as many columns as fit are packed into one 63-bit sort key."""
-    bits = int(rows.max() + 1).bit_length()
-    per_key = max(1, 63 // bits)
-    keys = []
-    for start in range(0, rows.shape[1], per_key):
-        key = np.zeros(len(rows), dtype=np.int64)
-        for column in rows[:, start : start + per_key].T:
-            key = (key << bits) | (column + 1)
-        keys.append(key)
-    return np.lexsort(keys[::-1])
+def _lexicographic_order(flat: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """(n_items,) the order that sorts the sequences flat[start : start + length].
+
+    Rounds of a radix sort, as many tokens at once as fit into 64 bits; only what is still tied sorts on.
+    """
+    bits = (int(flat.max()) + 1).bit_length()
+    order, tied = np.arange(len(start)), np.arange(len(start))
+    group, done = np.zeros(len(start), dtype=np.uint64), 0
+    while len(tied):
+        rows, key = order[tied], group
+        at, left = start[rows] + done, length[rows] - done
+        n_tokens = (64 - int(group[-1]).bit_length()) // bits
+        for step in range(n_tokens):
+            if step < left.min():
+                token = flat.take(at + step).astype(np.uint64) + 1
+            else:
+                token = np.where(step < left, flat[np.where(step < left, at + step, 0)].astype(np.uint64) + 1, 0)
+            key = (key << bits) | token
+        by = key.argsort()
+        key = key[by]
+        order[tied] = rows[by]
+        first = np.r_[True, key[1:] != key[:-1]]
+        alone = first & np.r_[first[1:], True]
+        more = ~alone & (key & ((1 << bits) - 1) > 0)  # tied, and the last token was not past the end
+        tied, done = tied[more], done + n_tokens
+        group = np.cumsum(first[more], dtype=np.uint64) - np.uint64(1)
+    return order
 
 
 def segment_logsumexp(values: Tensor, segment: Tensor, n_segments: int) -> Tensor:
@@ -286,3 +324,15 @@ def segment_logsumexp(values: Tensor, segment: Tensor, n_segments: int) -> Tenso
     shift = torch.where(highest == -torch.inf, 0, highest)
     sums = torch.zeros(shape, dtype=values.dtype, device=values.device)
     return sums.index_add(-1, segment, (values - shift[..., segment]).exp()).log() + shift
+
+
+def _neighbours_logsumexp(values: Tensor, counts: Tensor) -> Tensor:
+    """(n, U) rows, of which the first counts[0] belong together, then the next counts[1], … → (len(counts), U) log Σ exp
+    of each group. Where one is alone, as most nodes of a tree of titles are, it stays as it is."""
+    alone = counts == 1
+    found = values[counts.cumsum(0) - counts]
+    if alone.all():
+        return found
+    inside = values[~alone.repeat_interleave(counts)]
+    group = torch.arange(int((~alone).sum()), device=values.device).repeat_interleave(counts[~alone])
+    return found.index_copy(0, (~alone).nonzero()[:, 0], segment_logsumexp(inside.T, group, int(group[-1]) + 1).T)

@@ -26,17 +26,21 @@ FITS = [{"label": "SFT", "kl_target_model": 0.01}, {"label": "SFT", "kl_target_m
         {"label": "DPO", "kl_target_model": 1.3}]
 CURVES = {"SFT": ([0, 100, 200], [1.0, 0.3, 0.2]), "Flower (SubTB)": ([0, 90, 210], [1.0, 0.2, 0.03])}
 
+RATIOS = [{"name": "a / b", "ratio": 0.5, "bound": 1.0, "least": 0.4, "most": 0.6}, {"name": "c / d", "ratio": 2, "bound": 1}]
+
 PICTURES = {
     "fitted": lambda axes: plots.fitted(axes, np.log([0.5, 0.3, 0.2]), np.log([0.8, 0.15, 0.05]), "SFT"),
     "fit_curves": lambda axes: plots.fit_curves(axes, CURVES, "forward tokens", floor=0.05),
     "fit_summary": lambda axes: plots.fit_summary(axes, FITS, limit=0.05),
-    "node_choice": lambda axes: plots.node_choice(axes, ["a", "b", "c"], [0.6, 0.3, 0.1], [0.2, 0.2, 0.6], "here", n=2),
+    "node_choice": lambda axes: plots.node_choice(axes, ["a", "b", "c"], {"r": [0.6, 0.3, 0.1], "π": [0.2, 0.2, 0.6]}, "here", n=2),
     "popularity_curve": lambda axes: plots.popularity_curve(axes, {"SFT": COUNTS**2, "Flower": COUNTS}, COUNTS, mark=1),
     "group_bars": lambda axes: plots.group_bars(axes, SHARES),
     "long_tail": lambda axes: plots.long_tail(axes, COUNTS),
     "training_curves": lambda axes: plots.training_curves(axes, LOGS),
     "flow_tree": lambda axes: plots.flow_tree(axes, *TREE),
     "metric_intervals": lambda axes: plots.metric_intervals(axes, ROWS, "hr@10"),
+    "frontier": lambda axes: plots.frontier(axes, [row | {"dgu": 0.9 - row["hr@10"]} for row in ROWS], "hr@10"),
+    "ratios": lambda axes: plots.ratios(axes, RATIOS),
 }
 
 
@@ -53,7 +57,7 @@ def test_draws_with_title_and_labels_and_changes_no_setting(name, axes):
     assert PICTURES[name](axes) is axes
     axes.figure.canvas.draw()
     assert axes.get_title() and axes.get_xlabel()
-    named = {"flow_tree", "fit_summary", "node_choice"}  # a tree's height means nothing, and words stand for themselves
+    named = {"flow_tree", "fit_summary", "node_choice", "ratios"}  # a tree's height means nothing, and words stand for themselves
     assert axes.get_ylabel() or name in named
     assert dict(mpl.rcParams) == before
 
@@ -72,6 +76,8 @@ def test_theme_is_legible_and_is_the_only_one_to_change_settings():
     ("training_curves", "2.25 (step 3)"),
     ("flow_tree", "3 titles"),
     ("metric_intervals", "0.06 (SFT, beam) to 0.08 (Flower, beam)"),
+    ("frontier", "Most accurate: Flower (HR@10 0.080, DGU 0.82); fairest: Flower"),
+    ("ratios", "1 of 2 ratios keep their bound"),
 ])
 def test_titles_read_the_data(name, said, axes):
     assert said in PICTURES[name](axes).get_title().replace("\n", " ")
@@ -145,7 +151,7 @@ def test_fit_summary_counts_methods_not_runs(axes):
 
 
 def test_node_choice_adds_up_the_rest(axes):
-    plots.node_choice(axes, ["a", "b", "c"], [0.6, 0.3, 0.1], [0.2, 0.2, 0.6], "here", n=2)
+    plots.node_choice(axes, ["a", "b", "c"], {"r": [0.6, 0.3, 0.1], "π": [0.2, 0.2, 0.6]}, "here", n=2)
     assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "c", "1 others"]
     assert [bar.get_width() for bar in axes.patches] == [0.6, 0.1, 0.3, 0.2, 0.6, 0.2]
 

@@ -17,8 +17,12 @@ def test_samples_follow_the_policy_renormalised_over_children(world):
     histories = [[0], [3, 4, 6, 1]]  # prompts of unequal length: padding must not matter
     ids, mask = policy.left_padded([catalogue.context(h) for h in histories])
     torch.manual_seed(0)
-    n = 4000
-    nodes = policy.sample_leaves(model, catalogue.trie, ids.repeat(n, 1), mask.repeat(n, 1)).view(n, 2)
+    n, n_paths = 1000, 4
+    branch = torch.full((2 * n, n_paths), ids.shape[1])
+    ids, mask = torch.cat([ids, ids[:, -2:]], 1), torch.cat([mask, mask[:, -2:]], 1)  # what stands behind the branch
+    nodes = policy.sample_leaves(model, catalogue.trie, ids.repeat(n, 1), mask.repeat(n, 1), branch)
+    nodes = nodes.view(n, 2, n_paths).transpose(1, 2).flatten(0, 1)
+    n *= n_paths
     for column, history in enumerate(histories):
         exact = exact_log_probabilities(model, catalogue, history, renormalised=True)
         probability = np.exp([exact[leaf][0] for leaf in range(len(catalogue.trie.leaves))])
@@ -65,3 +69,11 @@ def test_the_packed_tree_is_differentiable_in_chunks(world):
         gradients.append(model.lm_head.weight.grad.clone())
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
     model.zero_grad()
+
+
+def test_scores_that_are_no_numbers_end_in_a_sentence():
+    model, catalogue = tiny_world("sequence")
+    torch.nn.init.constant_(model.lm_head.weight, torch.nan)
+    ids, mask = policy.left_padded([catalogue.context([0])])
+    with pytest.raises(ValueError, match="scores are NaN"):
+        policy.sample_leaves(model, catalogue.trie, ids, mask, torch.tensor([[ids.shape[1]]]))

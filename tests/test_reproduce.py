@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -6,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from flowerlib import comparison, decoding, launch, reproduce, runs, study
+from flowerlib import comparison, decoding, launch, report, reproduce, runs, study
 
 
 def test_smoke_leaves_results_figures_and_pages(smoke):
@@ -14,12 +15,39 @@ def test_smoke_leaves_results_figures_and_pages(smoke):
         stem = name.removesuffix(".ipynb")
         source = json.loads((smoke / "results" / f"{stem}.json").read_text())["provenance"]
         assert source["settings"]["profile"] == "smoke"
-    page = reproduce.report(smoke).read_text(encoding="utf-8")
+    page = report.report(smoke).read_text(encoding="utf-8")
     assert all(f'<h1 id="{n}-' in page for n in ("01", "02", "03", "04"))
-    assert "step/s" not in page and "<img" in page
-    table = reproduce.comparison(smoke)
+    assert "step/s" not in page
+    table = report.comparison(smoke)
     assert {"Popularity", "SFT", "Flower"} == set(table.index.get_level_values("method"))
     assert len(list((smoke / "figures").glob("*.png"))) >= 5
+
+
+def test_the_report_needs_no_network_and_says_what_its_pictures_show(smoke):
+    page = report.report(smoke).read_text(encoding="utf-8")
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=.https?:", page) and "import(" not in page
+    alts = re.findall(r"<img[^>]*?alt=\"(.*?)\"", page, re.DOTALL)
+    assert len(alts) == page.count("<img") > 5 and all(len(alt) > 10 for alt in alts)
+    assert "<math" in page and "$$" not in page
+    assert "Settings and provenance" in page
+
+
+def test_formulas_and_prices():
+    said = report.FORMULA.sub(report._mathml, "for $5 or $6, and $x^2$ of\n$$F(s) = \\sum_i R(i)$$")
+    assert said.startswith("for $5 or $6, and <math") and said.count("<math") == 2 and 'display="block"' in said
+    for kept in ("`PRICE=$x$`", "```\necho $HOME$\n```", "$\\left($"):
+        assert report.FORMULA.sub(report._mathml, kept) == kept
+
+
+def test_a_report_of_a_notebook_that_stopped(smoke, tmp_path):
+    folder = shutil.copytree(smoke, tmp_path / "run")
+    with pytest.raises(reproduce.NotebookError):
+        reproduce.reproduce("smoke", str(folder), {"tuned_layers": 9}, reproduce.NOTEBOOKS[1:2])
+    page = report.report(folder).read_text(encoding="utf-8")
+    assert "was encountered" not in page.split("01 · ")[0] and page.count("This notebook stopped with an error") == 1
+    (folder / "results" / "01_prepare_the_data.json").write_text("{}")
+    with pytest.raises(ValueError, match="01_prepare_the_data.json is damaged: remove it"):
+        report.report(folder)
 
 
 def test_nothing_changed_nothing_runs(smoke, capsys):
@@ -29,7 +57,9 @@ def test_nothing_changed_nothing_runs(smoke, capsys):
 
 def test_the_same_seed_gives_the_same_results_but_for_times(smoke, tmp_path):
     again = reproduce.reproduce("smoke", str(tmp_path), {}, (*reproduce.NOTEBOOKS, *reproduce.STUDIES))
-    for path in sorted((smoke / "results").glob("*.json")):
+    results = {path for path in (smoke / "results").glob("*.json") if path.stem not in reproduce.SPEED}  # times alone
+    assert len(results) > 6
+    for path in sorted(results):
         first, second = (
             [line for line in (folder / "results" / path.name).read_text().splitlines() if "seconds" not in line]
             for folder in (smoke, again)
@@ -96,7 +126,7 @@ def test_what_was_deleted_or_changed_by_hand_is_made_again(smoke, tmp_path, caps
     (folder / "results" / "04_bias_and_diversity.json").write_text("{}")
     reproduce.reproduce(**given)
     assert capsys.readouterr().out.count("skipped") == 2
-    assert len(reproduce.comparison(folder)) == 7
+    assert len(report.comparison(folder)) == 7
 
 
 def test_notebooks_ask_for_the_step_before(tmp_path):

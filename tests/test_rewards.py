@@ -141,3 +141,11 @@ def test_tilts_by_hand():
         torch.testing.assert_close(tilted(log_r, flat, leaf, reward), log_r)
     with pytest.raises(ValueError, match="choose div or add"):
         tilted(log_r, flat, leaf, "mul")
+
+
+def test_smoothing_is_added_to_a_titles_count():
+    trie = TitleTrie.from_sequences([[1, 0], [2, 0], [2, 0]])
+    found = count_log_rewards(trie, torch.tensor([0.0, 3, 1]), alpha=2, smoothing=0.5).exp()
+    torch.testing.assert_close(found, torch.tensor([0.25, 4.5**2 / 2, 4.5**2 / 2], dtype=torch.float64))
+    with pytest.raises(ValueError, match="smoothing is 0"):
+        count_log_rewards(trie, torch.ones(3), smoothing=0)

@@ -312,3 +312,10 @@ def test_a_full_disk_is_seen_before_the_trunk_runs(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="0 MB free: make room"):
         train.make_rows(catalogue, HISTORIES, TARGETS).run_trunk(trunk, tmp_path, "train")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("batch_size", "processes", "parts"), [(16, 1, (16, 1)), (16, 2, (8, 1)), (24, 1, (12, 2)), (64, 2, (16, 2))])
+def test_a_batch_is_shared_out_evenly(batch_size, processes, parts):
+    assert train._parted(batch_size, 16, processes) == parts
+    with pytest.raises(ValueError, match="batch_size 17 does not part into equal batches .* a multiple of 2"):
+        train._parted(17, 16, processes)

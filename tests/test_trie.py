@@ -64,6 +64,14 @@ def padded(catalogue, extra=0):
 
 @prove
 @given(any_catalogue)
+def test_a_node_forks_where_several_titles_go_on_from_it(catalogue):
+    distinct = {tuple(sequence) for sequence in catalogue}
+    several = [sum(s[: len(p)] == p for s in distinct) > 1 for p in prefixes_in_order(catalogue)]
+    assert TitleTrie.from_sequences(catalogue).forks.tolist() == several
+
+
+@prove
+@given(any_catalogue)
 def test_nodes_are_the_prefixes_breadth_first(catalogue):
     trie, prefixes = TitleTrie.from_sequences(catalogue), prefixes_in_order(catalogue)
     number = {prefix: node for node, prefix in enumerate(prefixes)}

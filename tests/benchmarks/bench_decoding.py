@@ -1,0 +1,40 @@
+"""Lists of ten titles by our search down the tree, against transformers' search without one."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from flowerlib import decoding, policy
+
+
+@pytest.mark.parametrize("child_renormalised", [False, True])
+def test_constrained_beams_against_generate(side_by_side, model, catalogue, child_renormalised):
+    """The same prompts, the same number of steps: `generate` has no tree, so that it is told when to stop.
+
+    It does more: it reads every prompt once a beam, and keeps all beams to the last step, where ours end with their
+    titles. Both are what one gets who asks for ten lists.
+    """
+    rng = np.random.default_rng(0)
+    histories = rng.integers(len(catalogue.titles), size=(8, 9)).tolist()
+    search = decoding.Beams(10, child_renormalised=child_renormalised)
+    model.eval()
+    calls = []
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+
+    def ours():
+        decoding.beam_search(model, catalogue, histories, [search], batch_size=8)
+
+    ours()
+    hook.remove()
+    ids, mask = policy.left_padded([catalogue.context(history) for history in histories])
+    config = GenerationConfig(num_beams=10, num_return_sequences=10, max_new_tokens=len(calls), do_sample=False,
+                              eos_token_id=None, pad_token_id=0)
+
+    @torch.no_grad()
+    def generate():
+        model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+
+    scored = "children" if child_renormalised else "vocabulary"
+    side_by_side(f"10 constrained beams, softmax over {scored}, {len(calls)} steps / unconstrained generate", 1.1, ours,
+                 generate, rounds=3)

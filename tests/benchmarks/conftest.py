@@ -1,0 +1,98 @@
+"""Two ways of doing one thing, timed in turns in one process: `runs/bench.json` keeps the ratios."""
+
+import platform
+import statistics
+import time
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flowerlib import policy, reproduce, runs
+from flowerlib.trie import TitleTrie
+
+ROWS = []
+TERMINATOR, VOCABULARY = 1, 49_152
+
+
+@pytest.fixture
+def side_by_side(benchmark, keep):
+    """side_by_side(name, bound, ours, other, rounds, worth, predicted) → the median of ours / (worth · other).
+
+    `worth` is how many of `other` ours stands for, `predicted` the ratio of the tokens that pass through the model. Both
+    are called once before they are timed; what they return is freed when the clock has stopped. The ratio is written
+    to runs/bench.json, and a ratio above the bound fails.
+    """
+
+    def measure(name, bound, ours, other, rounds=7, worth=1.0, predicted=None):
+        times = [], []
+
+        def both():
+            for taken, function in zip(times, (ours, other)):
+                start = time.perf_counter()
+                made = function()
+                taken.append(time.perf_counter() - start)
+                del made
+
+        benchmark.pedantic(both, rounds=rounds, warmup_rounds=1)
+        pairs = [mine / (worth * its) for mine, its in list(zip(*times))[1:]]
+        ratio = statistics.median(pairs)
+        row = {"name": name, "ratio": ratio, "bound": bound, "least": min(pairs), "most": max(pairs), "rounds": rounds,
+               "seconds": statistics.median(times[0][1:]), "predicted": predicted}
+        keep(row)
+        benchmark.extra_info.update(row)
+        print(f"\n{name}: {ratio:.3f} (bound {bound}), {row['seconds']:.3f} s")
+        assert ratio <= bound
+        return ratio
+
+    return measure
+
+
+@pytest.fixture
+def keep():
+    """keep(row): a line for runs/bench.json."""
+    return lambda row: ROWS.append({key: float(f"{v:.4g}") if isinstance(v, float) else v for key, v in row.items()})
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The shape of SmolLM2-135M with random weights: speed does not ask what they know."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192,
+    ))
+
+
+@pytest.fixture(scope="session")
+def catalogue():
+    """3,858 titles as long as those of Video Games (14 tokens on average), in the paper's form of a prompt."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(2.5, 0.42, 3_858), 2, 78).astype(int)
+    titles = [[*(1 + np.minimum(rng.zipf(1.3, n), VOCABULARY - 2)).tolist(), TERMINATOR] for n in lengths]
+    header, separator, footer = ([2] * n for n in (20, 1, 5))
+    names = [str(i) for i in range(len(titles))]
+    return policy.Catalogue(names, titles, TitleTrie.from_sequences(titles), header, separator, footer, eos=0)
+
+
+def pytest_sessionfinish():
+    """Rows of a run of some benchmarks take the places of their own; the others stay, with the commit that they are of."""
+    if ROWS:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
+        packages = ("torch", "transformers", "numpy")
+        machine = {"device": device, "threads": torch.get_num_threads(), "matmul_1024_seconds": runs.matmul_seconds(),
+                   "versions": {"python": platform.python_version()} | {name: version(name) for name in packages}}
+        before = runs.read_document(reproduce.BENCH)["rows"] if reproduce.BENCH.exists() else []
+        commit = runs.provenance(runs.settings("smoke"), 0)["commit"]
+        rows = {row["name"]: row for row in (*before, *(row | {"commit": commit} for row in ROWS))}
+        runs.write_json(reproduce.BENCH, {"provenance": machine, "rows": list(rows.values())})
+
+
+def _cpu():
+    try:
+        lines = open("/proc/cpuinfo", encoding="utf-8").read().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
