@@ -1,6 +1,11 @@
 """One solution to each exercise of notebook 00; names that are not defined here are the notebook's."""
 
 
+def flow_of_star():
+    F = (31 + 9 + 1) + (11 + 1) + (0 + 1)  # Star Wars, Star Trek, Star Maps
+    return F, F / (119 + 9 + 1)
+
+
 def tamed_alpha():
     low, high = 0.0, 1.0
     while high - low > 1e-6:  # the favourite's share grows with α

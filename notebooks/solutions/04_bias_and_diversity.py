@@ -13,3 +13,7 @@ def fair_and_useless(counts, n_users, k, rng):
         row = [rng.choice(np.flatnonzero(groups == g), size=n, replace=False) for g, n in enumerate(np.bincount(drawn))]
         lists.append(np.concatenate(row))
     return np.array(lists)
+
+
+def ghosts_needed(a, b, n):
+    return int(n * (b / a - 1)) + 1  # b / (n + ghosts) > a / n, both negative
