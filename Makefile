@@ -4,7 +4,10 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: reproduce study report test test-browser bench publish
+.PHONY: lab reproduce study report test test-browser bench publish
+lab: .venv/ready
+	$(BIN)/python -m jupyterlab notebooks/00_follow_the_flow.ipynb
+
 reproduce: .venv/ready
 	$(BIN)/python -m flowerlib.reproduce --profile $(PROFILE) --out $(OUT) $(foreach p,$(PARAMETERS),-p $(p))
 
@@ -21,7 +24,7 @@ test: .venv/ready
 
 test-browser: .venv/ready
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) playwright==1.65.2
-	command -v chromium chromium-browser google-chrome >/dev/null || (apt-get update -qq && apt-get install -qq -y chromium >/dev/null) \
+	command -v chromium || command -v chromium-browser || command -v google-chrome || (apt-get update -qq && apt-get install -qq -y chromium >/dev/null) \
 	  || echo "chromium could not be installed here, so the browser tests are skipped: install it by hand"
 	$(BIN)/python -m pytest -rs tests/browser/browse_*.py
 

@@ -66,7 +66,7 @@ def tiny_model(texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTra
 
 def keep_layers(model: PreTrainedModel, n_lower: int, n_upper: int) -> None:
     """Keeps the lowest `n_lower` and the topmost `n_upper` decoder layers of the model, in place."""
-    layers = model.get_decoder().layers
+    layers = _decoder(model).layers
     if n_lower + n_upper > len(layers):
         raise ValueError(f"the model has {len(layers)} layers, not frozen_layers + tuned_layers = {n_lower + n_upper}")
     kept = [*range(n_lower), *range(len(layers) - n_upper, len(layers))]
@@ -127,9 +127,7 @@ def split_layers(model: PreTrainedModel, n_frozen: int) -> tuple[nn.Module, PreT
     Raises:
         ValueError: the model is not built like a Llama (embed_tokens, layers, norm, rotary_emb).
     """
-    base = model.get_decoder()
-    if not all(hasattr(base, name) for name in ("embed_tokens", "layers", "norm", "rotary_emb")):
-        raise ValueError(f"a {type(model).__name__} cannot be split: set frozen_layers to 0")
+    base = _decoder(model)
     n_layers = len(base.layers)
     lower, rest = range(n_frozen), range(n_frozen, n_layers)
     with torch.device("meta"):
@@ -143,6 +141,13 @@ def split_layers(model: PreTrainedModel, n_frozen: int) -> tuple[nn.Module, PreT
     upper.set_output_embeddings(model.get_output_embeddings())
     trunk.requires_grad_(False).eval()
     return trunk, upper
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    base = model.get_decoder()
+    if not all(hasattr(base, name) for name in ("embed_tokens", "layers", "norm", "rotary_emb")):
+        raise ValueError(f"a {type(model).__name__} cannot be cut or split: set frozen_layers and tuned_layers to 0")
+    return base
 
 
 def _take_layers(config, kept: Sequence[int]):

@@ -50,7 +50,10 @@ PROFILES = {
         exact_users=4,
     ),
     "laptop": ComparisonSettings(),
-    "paper": ComparisonSettings(profile="paper", exact_users=200, valid_users=0, decoding_users=0),
+    "paper": ComparisonSettings(
+        profile="paper", sweep="1:0.99, 1:0.995, 1:0.999, 1:0.9995, 1:0.9999", rewards="none, add", exact_users=200,
+        valid_users=0, decoding_users=0,
+    ),
 }
 
 
@@ -63,7 +66,15 @@ def settings(profile: str, **overrides: Any) -> ComparisonSettings:
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
     chosen = runs.override(PROFILES[profile], **overrides)
-    sweep(chosen), floats(chosen.guides)
+    sweep(chosen)
+    least = {"n_seeds": 1, "n_beams": 1, "valid_users": 0, "test_users": 0, "decoding_users": 0, "exact_users": 0}
+    for name, low in least.items():
+        if getattr(chosen, name) < low:
+            raise ValueError(f"{name} is {getattr(chosen, name)}: it must be {low} or more")
+    if not chosen.temperature > 0:
+        raise ValueError(f"temperature is {chosen.temperature}: it must be above 0")
+    if not floats(chosen.guides):
+        raise ValueError("guides is empty: name one weight at least")
     unknown = set(names(chosen.rewards)) - set(OTHER_REWARDS)
     if unknown:
         raise ValueError(f"unknown reward {sorted(unknown)[0]!r}: choose among {', '.join(OTHER_REWARDS)}")
@@ -244,7 +255,7 @@ class Arena:
                 for history in users.histories:
                     edges = policy.tree_log_probs(model, catalogue.trie, catalogue.context(history))
                     tree = catalogue.trie.to(edges.device)
-                    total += tree.log_leaf_probs(tree.renormalised(edges)).exp().double().cpu()
+                    total += tree.log_leaf_probs(tree.renormalised(edges)).exp().cpu().double()
             runs.write_json(path, {"made_from": made_from, "share": (total / len(users)).tolist()})
         return np.array(json.loads(path.read_text(encoding="utf-8"))["share"])
 

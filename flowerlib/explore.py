@@ -20,8 +20,9 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from . import backbone, decoding, fit, metrics, plots, policy, readers, rewards, runs
+from . import backbone, fit, metrics, plots, policy, readers, rewards, runs
 from .trie import TitleTrie
 
 WIDE = {"width": "34em"}
@@ -82,14 +83,15 @@ class Branches:
     log_edges: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, models: Mapping[str, Path], history: Sequence[int], counts: Tensor, log_p: Tensor) -> Branches:
-        """From finished trainings, name → folder, of one catalogue; each reads the whole tree once, for this history of
-        item positions (oldest first)."""
-        edges = {}
-        for name, folder in models.items():
-            model, tokenizer, catalogue = decoding.load_run(folder)
-            with torch.no_grad():
-                edges[name] = policy.tree_log_probs(model, catalogue.trie, catalogue.context(history)).cpu()
+    def of(
+        cls, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast, catalogue: policy.Catalogue,
+        history: Sequence[int], counts: Tensor, log_p: Tensor,
+    ) -> Branches:
+        """From models by name, over one catalogue; each reads the whole tree once, for this history of item positions
+        (oldest first)."""
+        with torch.no_grad():
+            edges = {name: policy.tree_log_probs(model, catalogue.trie, catalogue.context(history)).cpu()
+                     for name, model in models.items()}
         trie = catalogue.trie.to("cpu")
         spelled = [tokenizer.decode([token]) for token in trie.token.clamp(min=0).tolist()]
         labels = ["⊤" if leaf >= 0 else text for leaf, text in zip(trie.node_leaf.tolist(), spelled)]

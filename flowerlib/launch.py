@@ -7,6 +7,7 @@ there, if they get the same profile and parameters.
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ def launch(method: str, profile: str, out: str | None, overrides: dict[str, Any]
     folder = runs.output_dir(profile, out)
     before = runs.require(folder, "data" if method == "SFT" else "sft")
     chosen = runs.settings(profile, after=before, **overrides)
+    if os.environ.get("RANK", "0") == "0":
+        runs.begin(folder, method.lower())
     tables = data.read_processed(folder / "data")
     titles = tables.items.title.tolist()
     lm, tokenizer = backbone.load_backbone(chosen, [*titles, *prompt_texts(chosen.category, chosen.rows)])

@@ -339,6 +339,9 @@ def frontier(axes: Axes, rows: Sequence[Mapping[str, Any]], accuracy: str, title
                 said = ", ".join(told[key].format(row[key]) for key in known)
                 axes.annotate(said, (row["dgu"], row[accuracy]), xytext=(0, -9 if len(known) > 1 else 9), ha="center",
                               va="top" if len(known) > 1 else "bottom", textcoords="offset points", fontsize=11)
+    if any(row["decoding"] == "beam_normalised" for row in rows):
+        axes.plot([], [], "o", color="0.4", markersize=9, markeredgewidth=2, markerfacecolor="white",
+                  label="hollow: length-normalised")
     axes.set(xlabel=METRIC_LABELS["dgu"], ylabel=accuracy.upper(), xlim=(0, None))
     axes.margins(y=0.12)
     axes.legend(loc="lower right")
@@ -375,17 +378,19 @@ def metric_intervals(
 
 
 def ratios(axes: Axes, rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Axes:
-    """Times of one way over times of another, on a log axis: rows hold name, ratio, bound and, where there were several
-    rounds, least and most."""
+    """Times of one way over times of another, on a log axis: rows hold name, ratio, bound (None where none was set) and,
+    where there were several rounds, least and most."""
+    bounded = [row for row in rows if row["bound"] is not None]
+    missed = [row for row in bounded if row["ratio"] > row["bound"]]
     for i, row in enumerate(rows):
-        met = row["ratio"] <= row["bound"]
-        colour, _, marker, _ = STYLES[2 if met else 3]
+        colour, _, marker, _ = STYLES[3 if row in missed else 2 if row in bounded else 0]
         spread = [[row["ratio"] - row.get("least", row["ratio"])], [row.get("most", row["ratio"]) - row["ratio"]]]
         axes.errorbar(row["ratio"], -i, xerr=spread, color=colour, fmt=marker, capsize=4, markersize=8)
-        axes.plot(row["bound"], -i, "|", color=STYLES[0][0], markersize=18, markeredgewidth=2.5)
+        if row in bounded:
+            axes.plot(row["bound"], -i, "|", color=STYLES[0][0], markersize=18, markeredgewidth=2.5)
     axes.set_yticks(-np.arange(len(rows)), [textwrap.fill(row["name"].split(" / ")[0], 46) for row in rows])
     axes.set(xscale="log", ylim=(-len(rows) + 0.4, 0.6), xlabel="time of ours / time of the other way (log scale)")
     axes.axvline(1, color=STYLES[0][0], linewidth=1)
     axes.grid(False, axis="y")
-    missed = sum(row["ratio"] > row["bound"] for row in rows)
-    return _titled(axes, title or f"{len(rows) - missed} of {len(rows)} ratios keep their bound (upright strokes)")
+    return _titled(axes, title or f"{len(bounded) - len(missed)} of {len(bounded)} ratios keep their bound "
+                                  "(upright strokes)")

@@ -155,7 +155,7 @@ def train_preference(
     model.eval().save_pretrained(folder)
     log.to_json(folder / "log.json", orient="records")
     runs.write_json(done, plan)
-    return model, log
+    return model.cpu(), log
 
 
 def _collate(batch: Sequence[tuple[list[int], bool]], n_leaves: int) -> dict[str, Tensor]:
@@ -171,14 +171,16 @@ def _collate(batch: Sequence[tuple[list[int], bool]], n_leaves: int) -> dict[str
 def _arguments(chosen: Settings, folder: Path, n_rows: int) -> TrainingArguments:
     steps = max(1, round(chosen.preference_epochs * n_rows / BATCH))
     every = -(-steps // 10)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=BATCH, per_device_eval_batch_size=4 * BATCH,
         learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=steps // 20, max_steps=steps, seed=chosen.seed,
         eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", logging_steps=every, report_to="none",
         prediction_loss_only=True, remove_unused_columns=False, disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # transformers would put a batch on each device that it sees
+    return arguments
 
 
 # Plain recommenders: scores of a history are the sum of its titles' rows of an (L, L) matrix
@@ -186,10 +188,14 @@ def _arguments(chosen: Settings, folder: Path, n_rows: int) -> TrainingArguments
 
 def cooccurrence(sequences: Sequence[Sequence[int]], n_leaves: int) -> Floats:
     """(L, L) how many users chose both; on the diagonal, how many chose each."""
-    chose = np.zeros((len(sequences), n_leaves))
-    for row, sequence in zip(chose, sequences):
-        row[np.asarray(sequence, dtype=int)] = 1
-    return chose.T @ chose
+    together = np.zeros((n_leaves, n_leaves))
+    for first in range(0, len(sequences), 1024):  # users at a time: so many rows of L numbers are held
+        part = sequences[first : first + 1024]
+        chose = np.zeros((len(part), n_leaves))
+        for row, sequence in zip(chose, part):
+            row[np.asarray(sequence, dtype=int)] = 1
+        together += chose.T @ chose
+    return together
 
 
 def item_knn(together: Floats, n_neighbours: int) -> Floats:

@@ -1,6 +1,6 @@
 """A run as one page that needs no network: `python -m flowerlib.report --out runs/laptop`.
 
-What was found comes first (table, figures and what they say), then the executed notebooks, then settings and
+What was found comes first (tables, figures and what they say), then the executed notebooks, then settings and
 provenance.
 """
 
@@ -17,8 +17,12 @@ from typing import Any
 import nbformat
 import pandas as pd
 
-from . import runs
+from . import runs, tables
 
+TABLES = {
+    "04_bias_and_diversity": tables.comparison_table, "05_fit_a_known_distribution": tables.fit_table,
+    "07_which_title_next": tables.next_table,
+}
 FIGURE = re.compile(r'"figures" / "(\w+\.png)"')
 FORMULA = re.compile(r"(?P<code>```.+?```|`[^`\n]+`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$]+?)(?<![\s\\])\$(?![\w$])", re.DOTALL)
 PAGE = """{% extends 'lab/index.html.j2' %}
@@ -91,10 +95,10 @@ def headline(folder: Path) -> str:
 
 
 def _found(folder: Path, notebooks: Mapping[str, Any]) -> str:
-    """The story: headline and table if notebook 04 was run, then every notebook's task, figures and what they say."""
+    """The story: headline if notebook 04 was run, then every notebook's task, table, figures and what they say."""
     parts = ["# Flower: what was found"]
     if (folder / "results" / "04_bias_and_diversity.json").exists():
-        parts += [headline(folder), comparison(folder).to_html(border=0)]
+        parts.append(headline(folder))
     for name, notebook in notebooks.items():
         # papermill puts a cell of its own before the first one of a notebook that stopped with an error
         texts = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
@@ -103,6 +107,9 @@ def _found(folder: Path, notebooks: Mapping[str, Any]) -> str:
         parts += [f"## [{heading}](#{heading.replace(' ', '-')})", task.split("\n\n")[0].removeprefix("**Do.** ")]
         if any(output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", [])):
             parts.append("**This notebook stopped with an error**: see there.")
+        results = folder / "results" / f"{Path(name).stem}.json"
+        if results.stem in TABLES and results.exists():
+            parts.append(TABLES[results.stem](results))
         for path in sorted((folder / "figures").glob(f"{name[:2]}_*.png")):
             said = escape(_message(path))
             data = base64.b64encode(path.read_bytes()).decode()

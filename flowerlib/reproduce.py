@@ -26,11 +26,15 @@ NOTEBOOKS = (
     "01_prepare_the_data.ipynb", "02_train_sft.ipynb", "03_train_flower.ipynb", "04_bias_and_diversity.ipynb",
 )
 FIT, CURVES = "05_fit_a_known_distribution.ipynb", "06_popularity_curves.ipynb"  # stand by themselves
+BY_HAND = "00_follow_the_flow.ipynb"
 COMPARISON = "07_which_title_next.ipynb"  # needs 01 alone
 SPEED = "08_how_fast.ipynb"  # draws what `make bench` has measured
 EXPLORERS = "09_explore.ipynb"  # looks at what 01 to 04 have left
 STUDIES = (FIT, CURVES, COMPARISON, SPEED, EXPLORERS)  # `make study`: 05 and 07 take long
-READS = {COMPARISON: NOTEBOOKS[:1], EXPLORERS: (*NOTEBOOKS, COMPARISON)}  # what the studies take from other notebooks
+READS = {  # whose results a notebook takes; 02 and 03 begin anew by the marks in the run's folder
+    NOTEBOOKS[3]: NOTEBOOKS[:3], COMPARISON: NOTEBOOKS[:1], EXPLORERS: (*NOTEBOOKS, COMPARISON),
+}
+OWN_SETTINGS = (FIT, COMPARISON)  # what their parameters may be, they say themselves
 FOLDER = runs.ROOT / "notebooks"
 BENCH = runs.ROOT / "runs" / "bench.json"  # what `make bench` writes and notebook 08 reads
 
@@ -63,10 +67,11 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
             everything = sorted({name for names in known.values() for name in names} - {"PROFILE", "OUT"})
             raise ValueError(f"no notebook has a parameter {key!r}: there are {', '.join(everything)}")
     folder = runs.output_dir(profile, out)
-    shared = {f.name for f in fields(runs.Settings)} & overrides.keys()
+    checked = {key for name in only if name not in OWN_SETTINGS for key in known[name]}
+    shared = {f.name for f in fields(runs.Settings)} & overrides.keys() & checked
     chosen = runs.settings(profile, **{name: overrides[name] for name in shared})
     paths = [value for key, value in overrides.items() if key.endswith("_path")]
-    brought = [chosen.data_path, chosen.model, *paths]
+    brought = [chosen.data_path, overrides.get("model", chosen.model), *paths]
     chain = _hash(runs.code_digest(), *(_state(path) for path in brought if path))
     for name in only:
         given = {"PROFILE": profile, "OUT": str(folder)} | {k: v for k, v in overrides.items() if k in known[name]}

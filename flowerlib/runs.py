@@ -63,6 +63,7 @@ class Settings:
     learning_rate: float = 2e-3
     batch_size: int = 8  # rows a step
     device_batch: int = 8  # rows that a device takes at a time; gradients add up to batch_size
+    bfloat16: bool = False  # train in bfloat16 on CPUs too: fast where they compute in it (AVX512_BF16, AMX), slow elsewhere
     epochs: float = 1.0
     evaluations: int = 4  # validations (and checkpoints) during training
     validation_rows: int = 256  # rows of valid.parquet that choose the checkpoint (0: all)

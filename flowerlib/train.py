@@ -401,6 +401,8 @@ def train(
     The checkpoint of the lowest validation loss is kept. A killed run resumes from its last checkpoint, and a finished
     one is taken as it is, if settings, rows, rewards, first weights and code are the same.
 
+    Deviation: the paper stops once two validations in a row were no better; here all `epochs` are run.
+
     Args:
         cache: folder in which the frozen layers' output is kept, shared by the runs on one backbone.
         log_item_rewards: (n_items,) log R in nats for Flower; None is SFT.
@@ -419,26 +421,28 @@ def train(
     rows, valid = training_rows(catalogue, tables, chosen), validation_rows(catalogue, tables, chosen)
     _check_lengths(model, catalogue, (rows, valid))
     log_item_rewards = torch.zeros(catalogue.trie.n_items) if log_item_rewards is None else log_item_rewards
+    leaf_weights = fair_weights(catalogue, tables) if chosen.reweight else torch.ones(0)
     of_preference = list(preference.parameters()) if preference is not None else []
     plan = {
         "settings": asdict(chosen), "theta": theta, "code": runs.code_digest(*MODULES), "valid": valid.digest(),
-        "train": rows.digest(log_item_rewards, *model.parameters(), *of_preference),
+        "train": rows.digest(log_item_rewards, leaf_weights, *model.parameters(), *of_preference),
     }
+    checkpoints = folder / "checkpoints"
+    arguments = _arguments(chosen, checkpoints, len(rows))
+    tuned = model.to(arguments.device)
     finished = _finished(model, folder, plan)
     if finished is not None:
         runs.write_settings(folder, chosen)
         return finished
     runs.seed_everything(chosen.seed)
-    checkpoints = folder / "checkpoints"
-    arguments = _arguments(chosen, checkpoints, len(rows))
-    tuned = model.to(arguments.device)
     with arguments.main_process_first():  # where several processes train
         last = _last_checkpoint(checkpoints, plan)
         if chosen.frozen_layers:
             trunk, tuned = split_layers(model, chosen.frozen_layers)
             tuned.get_input_embeddings().requires_grad_(False)
-            rows.run_trunk(trunk, cache, "train")
-            valid.run_trunk(trunk, cache, "valid")
+            with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
+                for part, name in ((rows, "train"), (valid, "valid")):
+                    part.run_trunk(trunk, cache, f"{name}_bfloat16" if arguments.bf16 else name)
     if chosen.lora_rank:
         from peft import LoraConfig, get_peft_model
 
@@ -448,28 +452,30 @@ def train(
     trainer = FlowerTrainer(
         tuned, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()], trie=catalogue.trie,
         log_item_rewards=log_item_rewards, chosen=replace(chosen, theta=theta), preference=preference,
-        leaf_weights=fair_weights(catalogue, tables) if chosen.reweight else None,
+        leaf_weights=leaf_weights if chosen.reweight else None,
     )
     trainer.remove_callback(PrinterCallback)
     torch.manual_seed(chosen.seed + 1_000_003 * arguments.process_index)  # every process draws paths of its own
     trainer.train(resume_from_checkpoint=last)
+    trainer.accelerator.unwrap_model(tuned, keep_fp32_wrapper=False)  # bfloat16 is for training alone
     if chosen.lora_rank:
         tuned.merge_and_unload()
     log = log_table(trainer.state.log_history)
+    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if tuned is model else None  # where it is sharded
     if trainer.is_world_process_zero():
-        _save(model, tokenizer, tables, log, chosen, plan, folder)
+        _save(model, whole, tokenizer, tables, log, chosen, plan, folder)
     trainer.accelerator.wait_for_everyone()
     shutil.rmtree(checkpoints, ignore_errors=True)
     return log
 
 
 def _save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tables: data.Tables, log: pd.DataFrame,
+    model: PreTrainedModel, weights: dict[str, Tensor] | None, tokenizer: PreTrainedTokenizerFast, tables: data.Tables, log: pd.DataFrame,
     chosen: Settings, plan: dict[str, Any], folder: Path,
 ) -> None:
     (folder / "plan.json").unlink(missing_ok=True)
     with runs.atomic(folder / "model") as new:
-        model.eval().save_pretrained(new)
+        model.eval().save_pretrained(new, state_dict=weights)
         tokenizer.save_pretrained(new)
     tables.items.to_parquet(folder / "items.parquet", index=False)
     log.to_json(folder / "log.json", orient="records")
@@ -479,7 +485,7 @@ def _save(
 
 def _finished(model: PreTrainedModel, folder: Path, plan: dict[str, Any]) -> pd.DataFrame | None:
     """The log of a training that has come to its end by the same plan, its weights loaded into `model`, or None."""
-    if not (folder / "plan.json").exists() or json.loads((folder / "plan.json").read_text()) != plan:
+    if not (folder / "plan.json").exists() or json.loads((folder / "plan.json").read_text(encoding="utf-8")) != plan:
         return None
     print(f"{folder.name}: trained already with these settings and this code, taken as it is")
     model.load_state_dict(type(model).from_pretrained(folder / "model", dtype=torch.float32).state_dict())
@@ -503,7 +509,7 @@ def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, parts: Sequence
 
 def _last_checkpoint(folder: Path, plan: dict[str, Any]) -> str | None:
     """The last whole checkpoint of a killed run of the same plan; those of another plan are removed."""
-    if (folder / "plan.json").exists() and json.loads((folder / "plan.json").read_text()) != plan:
+    if (folder / "plan.json").exists() and json.loads((folder / "plan.json").read_text(encoding="utf-8")) != plan:
         shutil.rmtree(folder)
     for half in folder.glob("checkpoint-*"):
         if not (half / TRAINER_STATE_NAME).exists():  # written last
@@ -529,7 +535,7 @@ def _arguments(chosen: Settings, folder: Path, n_rows: int) -> TrainingArguments
     every = -(-total // chosen.evaluations)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # set by `accelerate launch`
     at_a_time, accumulated = _parted(chosen.batch_size, chosen.device_batch, processes)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=at_a_time, per_device_eval_batch_size=2 * at_a_time,
         gradient_accumulation_steps=accumulated,
         learning_rate=chosen.learning_rate,
@@ -537,6 +543,8 @@ def _arguments(chosen: Settings, folder: Path, n_rows: int) -> TrainingArguments
         eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2, load_best_model_at_end=True,
         metric_for_best_model="eval_loss", logging_steps=max(1, total // 50), report_to="none", seed=chosen.seed,
         remove_unused_columns=False, label_names=["nodes"], prediction_loss_only=True, disable_tqdm=True,
-        use_cpu=not torch.accelerator.is_available(),  # else several CPU processes would not know of each other
-        bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(), max_grad_norm=1.0,
+        use_cpu=not torch.cuda.is_available(),  # else several CPU processes would not know of each other
+        bf16=chosen.bfloat16 or torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(), max_grad_norm=1.0,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # transformers would put a batch on each device that it sees
+    return arguments

@@ -207,16 +207,16 @@ class TitleTrie:
         known = (nodes >= 0) & (tokens >= 0) & (tokens < self._n_tokens)
         keys = torch.where(known, nodes * self._n_tokens + tokens, -1)
         found = torch.searchsorted(self._edge_keys, keys).clamp(max=self.n_nodes - 2)
-        return torch.where(self._edge_keys[found] == keys, found + 1, -1)
+        return torch.where(self._edge_keys.index_select(0, found) == keys, found + 1, -1)
 
     def children(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) nodes → the rows (n,) of `nodes` that have children, repeated, and those child nodes (n,)."""
         inside = nodes.clamp(min=0)
-        first = self.child_start[inside]
-        counts = torch.where(nodes >= 0, self.child_start[inside + 1] - first, 0)
-        rows = torch.repeat_interleave(torch.arange(len(nodes), device=nodes.device), counts)
-        within = torch.arange(len(rows), device=nodes.device) - (counts.cumsum(0) - counts)[rows]
-        return rows, first[rows] + within
+        first = self.child_start.index_select(0, inside)
+        counts = (self.child_start.index_select(0, inside + 1) - first) * (nodes >= 0)
+        rows = torch.repeat_interleave(counts)
+        before = counts.cumsum(0) - counts
+        return rows, (first - before).index_select(0, rows) + torch.arange(len(rows), device=nodes.device)
 
     def allowed_mask(self, nodes: Tensor, vocab_size: int) -> Tensor:
         """(B,) nodes → (B, vocab_size) bool, True where a child follows; all False at a leaf and at -1."""

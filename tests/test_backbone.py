@@ -72,3 +72,11 @@ def test_keep_layers_keeps_both_ends():
 def test_tiny_model_is_the_same_for_a_seed():
     a, b = (backbone.tiny_model(TEXTS, seed=3)[0] for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+
+def test_a_model_of_another_build_is_refused_in_one_sentence():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0))
+    with pytest.raises(ValueError, match="set frozen_layers and tuned_layers to 0"):
+        backbone.keep_layers(model, 1, 1)

@@ -20,7 +20,8 @@ def test_lists_in_settings_are_read_or_refused_in_one_sentence():
     for wrong, message in (({"sweep": "-1"}, "write alpha:theta"), ({"sweep": ""}, "write alpha:theta"),
                            ({"sweep": "a:b"}, "no list of numbers"), ({"guides": "much"}, "no list of numbers"),
                            ({"rewards": "none, mul"}, "unknown reward 'mul'"), ({"n_seeds": "two"}, "takes a int"),
-                           ({"beams": 3}, "unknown setting 'beams'")):
+                           ({"beams": 3}, "unknown setting 'beams'"), ({"guides": ""}, "name one weight"),
+                           ({"n_seeds": 0}, "must be 1 or more"), ({"temperature": 0.0}, "must be above 0")):
         with pytest.raises(ValueError, match=message):
             comparison.settings("smoke", **wrong)
     with pytest.raises(ValueError, match="unknown profile"):

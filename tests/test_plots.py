@@ -26,7 +26,8 @@ FITS = [{"label": "SFT", "kl_target_model": 0.01}, {"label": "SFT", "kl_target_m
         {"label": "DPO", "kl_target_model": 1.3}]
 CURVES = {"SFT": ([0, 100, 200], [1.0, 0.3, 0.2]), "Flower (SubTB)": ([0, 90, 210], [1.0, 0.2, 0.03])}
 
-RATIOS = [{"name": "a / b", "ratio": 0.5, "bound": 1.0, "least": 0.4, "most": 0.6}, {"name": "c / d", "ratio": 2, "bound": 1}]
+RATIOS = [{"name": "a / b", "ratio": 0.5, "bound": 1.0, "least": 0.4, "most": 0.6}, {"name": "c / d", "ratio": 2, "bound": 1},
+          {"name": "e / f", "ratio": 1.5, "bound": None}]
 
 PICTURES = {
     "fitted": lambda axes: plots.fitted(axes, np.log([0.5, 0.3, 0.2]), np.log([0.8, 0.15, 0.05]), "SFT"),

@@ -129,6 +129,27 @@ def test_what_was_deleted_or_changed_by_hand_is_made_again(smoke, tmp_path, caps
     assert len(report.comparison(folder)) == 7
 
 
+def test_what_another_notebook_has_left_is_read_anew(smoke, tmp_path, capsys):
+    folder = shutil.copytree(smoke, tmp_path / "run")
+    measure = [reproduce.NOTEBOOKS[3]]
+    reproduce.reproduce("smoke", str(folder), {}, measure)
+    reproduce.reproduce("smoke", str(folder), {}, measure)
+    assert capsys.readouterr().out.count("skipped") == 1
+    reproduce.reproduce("smoke", str(folder), {"theta": 0.9}, reproduce.NOTEBOOKS[2:3])
+    reproduce.reproduce("smoke", str(folder), {}, measure)
+    assert "skipped" not in capsys.readouterr().out
+
+
+def test_notebook_05_says_itself_what_its_parameters_may_be(monkeypatch, tmp_path):
+    ran = []
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setattr(reproduce, "_run", lambda name, given, folder: ran.append(given))
+    reproduce.reproduce("smoke", str(tmp_path), {"paths": "reward, policy", "frozen_layers": 0}, [reproduce.FIT])
+    assert ran[0]["paths"] == "reward, policy" and ran[0]["frozen_layers"] == 0
+    with pytest.raises(ValueError, match="set both or neither"):
+        reproduce.reproduce("smoke", str(tmp_path), {"frozen_layers": 0}, reproduce.NOTEBOOKS)
+
+
 def test_notebooks_ask_for_the_step_before(tmp_path):
     with pytest.raises(reproduce.NotebookError, match="run notebooks/01_prepare_the_data.ipynb with this PROFILE"):
         reproduce.reproduce("smoke", str(tmp_path), {}, reproduce.NOTEBOOKS[1:2])
@@ -140,3 +161,6 @@ def test_launch_trains_what_the_notebooks_take_up(smoke, tmp_path):
     shutil.rmtree(folder / "flower")
     launch.launch("Flower", "smoke", str(folder), {})
     assert (folder / "flower" / "plan.json").read_text() == before
+    launch.launch("SFT", "smoke", str(folder), {"epochs": 0.5})
+    with pytest.raises(FileNotFoundError, match="run notebooks/03_train_flower.ipynb"):
+        runs.require(folder, "flower")

@@ -286,6 +286,17 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path, monkeypatc
     assert first_steps[1] == 0
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_training_in_bfloat16_comes_close_and_leaves_a_model_in_float32(tmp_path, whole):
+    chosen = replace(TINY, frozen_layers=0, tuned_layers=0) if whole else TINY
+    weights, log = run_training(tmp_path / "32", chosen)
+    rounded, log_16 = run_training(tmp_path / "16", replace(chosen, bfloat16=True))
+    assert not log_16.loss.equals(log.loss)
+    np.testing.assert_allclose(log_16.loss, log.loss, rtol=0.05)
+    assert all(tensor.dtype == torch.float32 for tensor in rounded.values()) and rounded.keys() == weights.keys()
+    assert decoding.load_run(tmp_path / "16")[0](torch.tensor([[1, 2]])).logits.dtype == torch.float32
+
+
 def test_checkpoints_of_other_settings_are_not_taken_up(tmp_path):
     (tmp_path / "checkpoint-3").mkdir(parents=True)
     (tmp_path / "checkpoint-3" / train.TRAINER_STATE_NAME).touch()

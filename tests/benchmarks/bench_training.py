@@ -1,5 +1,6 @@
 """Steps of training, and what is read off the tree, in the shape of SmolLM2-135M."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -36,6 +37,8 @@ def step(model, catalogue, batch, folder, **chosen):
         )),
     )
 
+    batch = {name: x.to(trainer.args.device) for name, x in batch.items()}
+
     def run():
         trainer.compute_loss(model, batch).backward()
         model.zero_grad()
@@ -68,6 +71,27 @@ def test_an_sft_step_against_transformers(side_by_side, model, catalogue, batch,
 
     sft = step(model, catalogue, batch, tmp_path, theta=1.0)
     side_by_side("SFT step / transformers' Trainer", 1.0, sft, plain, rounds=5)
+
+
+@pytest.mark.parametrize("what", ["in bfloat16", "on one thread", "through torch.compile"])
+def test_an_sft_step_otherwise(side_by_side, model, catalogue, batch, tmp_path, what):
+    """What was tried: no bound."""
+    plain, n_threads = step(model, catalogue, batch, tmp_path, theta=1.0), torch.get_num_threads()
+    if what == "through torch.compile":
+        compiled = copy.deepcopy(model)
+        compiled.compile()
+        otherwise = step(compiled, catalogue, batch, tmp_path, theta=1.0)
+    elif what == "in bfloat16":
+        def otherwise():
+            with torch.autocast("cpu", torch.bfloat16):
+                plain()
+    else:
+        def otherwise():
+            torch.set_num_threads(1)
+            plain()
+            torch.set_num_threads(n_threads)
+
+    side_by_side(f"SFT step {what} / as it is", None, otherwise, plain, rounds=3)
 
 
 def test_sixteen_paths_behind_one_prompt(side_by_side, model, catalogue):

@@ -23,7 +23,7 @@ def side_by_side(benchmark, keep):
 
     `worth` is how many of `other` ours stands for, `predicted` the ratio of the tokens that pass through the model. Both
     are called once before they are timed; what they return is freed when the clock has stopped. The ratio is written
-    to runs/bench.json, and a ratio above the bound fails.
+    to runs/bench.json, and a ratio above the bound fails (None: tried only).
     """
 
     def measure(name, bound, ours, other, rounds=7, worth=1.0, predicted=None):
@@ -33,6 +33,8 @@ def side_by_side(benchmark, keep):
             for taken, function in zip(times, (ours, other)):
                 start = time.perf_counter()
                 made = function()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 taken.append(time.perf_counter() - start)
                 del made
 
@@ -44,7 +46,7 @@ def side_by_side(benchmark, keep):
         keep(row)
         benchmark.extra_info.update(row)
         print(f"\n{name}: {ratio:.3f} (bound {bound}), {row['seconds']:.3f} s")
-        assert ratio <= bound
+        assert bound is None or ratio <= bound
         return ratio
 
     return measure
