@@ -344,7 +344,7 @@ def frontier(axes: Axes, rows: Sequence[Mapping[str, Any]], accuracy: str, title
                   label="hollow: length-normalised")
     axes.set(xlabel=METRIC_LABELS["dgu"], ylabel=accuracy.upper(), xlim=(0, None))
     axes.margins(y=0.12)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     best, fairest = (pick(rows, key=lambda row: row[key]) for pick, key in ((max, accuracy), (min, "dgu")))
     return _titled(axes, title or f"Most accurate: {best['method']} ({accuracy.upper()} {best[accuracy]:.3f}, DGU "
                                   f"{best['dgu']:.2f}); fairest: {fairest['method']} ({fairest[accuracy]:.3f}, "
