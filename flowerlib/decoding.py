@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -22,6 +22,9 @@ from .policy import Catalogue, Prompt, read_prompts
 from .readers import clean_title, move_article
 from .rewards import preference_log_rewards
 from .trie import TitleTrie, segment_logsumexp
+
+
+_Search = Generator[tuple[Tensor, Tensor], Tensor, tuple[Tensor, Tensor]]
 
 
 class TrieLogitsProcessor(LogitsProcessor):
@@ -93,10 +96,10 @@ def beam_search(
     seen: Sequence[Sequence[int]] | None = None, batch_size: int = 16, progress: str | None = None,
     log_p: Tensor | None = None, seed: int = 0,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The best titles after each history, for each of the searches: they share one pass over the prompts.
+    """The best titles after each history, for each of the searches: they share the pass over the prompts and those after it.
 
-    A prompt's beams are one packed sequence behind its key-value cache: the prompt is computed and stored once, and
-    no cache is copied when beams change places. `TrieLogitsProcessor` does the same search through transformers'
+    The beams of all searches are one packed sequence behind their prompt's key-value cache: the prompt is computed and
+    stored once, and no cache is copied when beams change places. `TrieLogitsProcessor` does the same search through transformers'
     `generate`, at the price of a copy of the prompt and its cache per beam, and is its reference in the tests.
 
     Args:
@@ -112,7 +115,7 @@ def beam_search(
     if log_p is None and any(s.guide for s in searches):
         raise ValueError("a search with a guide needs log_p, the users' preferences")
     trie = catalogue.trie.to(model.device)
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generators = [torch.Generator(model.device).manual_seed(seed) for _ in searches]  # none depends on the others
     contexts = [catalogue.context(history) for history in histories]
     results = [(np.full((len(contexts), s.n), -1), np.full((len(contexts), s.n), -np.inf)) for s in searches]
     order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
@@ -121,9 +124,12 @@ def beam_search(
         prompt = read_prompts(model, [contexts[i] for i in batch])
         blocked = _nodes_of(trie, [(histories if seen is None else seen)[i] for i in batch])
         liked = None if log_p is None else _liked(trie, log_p[batch].to(model.device))
-        for search, (leaves, scores) in zip(searches, results, strict=True):
-            free = _Free(trie, None if search.seen_allowed else blocked, liked if search.guide else None)
-            found, score = _search(model, free, prompt, search, generator)
+        started = [
+            _search(_Free(trie, None if search.seen_allowed else blocked, liked if search.guide else None), search,
+                    prompt.logits, generator)
+            for search, generator in zip(searches, generators)
+        ]
+        for (found, score), (leaves, scores) in zip(_run(model, prompt, started), results, strict=True):
             leaves[batch], scores[batch] = found.cpu().numpy(), score.cpu().numpy()
     return results
 
@@ -147,15 +153,57 @@ class _Candidates:
     beam: Tensor
 
 
-def _search(
-    model: PreTrainedModel, free: _Free, prompt: Prompt, search: Beams, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Leaf ids and scores, (B, n) each. The prompt's cache is as it was when the search ends."""
-    trie, n, device = free.trie, len(prompt.mask), prompt.mask.device
-    logits = prompt.logits
+def _run(
+    model: PreTrainedModel, prompt: Prompt, searches: Sequence[_Search]
+) -> list[tuple[Tensor, Tensor]]:
+    """What each of the searches returns. The beams of all go through the model together, packed behind their prompt, each
+    seeing the prompt and the columns that it has come through. The prompt's cache is as it was at the end."""
+    n, device = len(prompt.mask), prompt.mask.device
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    wanted: dict[int, tuple[Tensor, Tensor]] = {}
+    ancestors = {i: torch.zeros(n, 1, 0, dtype=torch.bool, device=device) for i in range(len(searches))}
+
+    def go_on(i: int, logits: Tensor | None) -> None:
+        try:
+            wanted[i] = searches[i].send(logits)
+        except StopIteration as end:
+            results[i] = end.value
+            wanted.pop(i, None)
+
+    for i in range(len(searches)):
+        go_on(i, None)
+    depth = n_packed = 0
+    while wanted:
+        depth += 1
+        widths = [tokens.shape[1] for tokens, _ in wanted.values()]
+        blocks = torch.eye(sum(widths), dtype=torch.bool, device=device).split(widths)
+        for (i, (_, beam)), own in zip(wanted.items(), blocks):
+            before = ancestors[i].gather(1, beam[..., None].expand(-1, -1, ancestors[i].shape[-1]))
+            ancestors[i] = torch.cat([before, own.expand(n, -1, -1)], -1)
+        tokens = torch.cat([tokens for tokens, _ in wanted.values()], 1)
+        seen = torch.cat([ancestors[i] for i in wanted], 1)
+        visible = torch.cat([prompt.mask[:, None].expand(-1, tokens.shape[1], -1), seen], -1)
+        logits = model(
+            input_ids=tokens, attention_mask=visible[:, None], past_key_values=prompt.cache,
+            position_ids=(prompt.position[:, -1:] + depth).expand_as(tokens), use_cache=True,
+        ).logits
+        n_packed += tokens.shape[1]
+        for i, part in zip(list(wanted), logits.split(widths, 1)):
+            go_on(i, part)
+    prompt.cache.crop(-n_packed)
+    return [results[i] for i in range(len(searches))]
+
+
+def _search(free: _Free, search: Beams, logits: Tensor, generator: torch.Generator) -> _Search:
+    """One search, told what it needs of the model: it yields the next token of each beam and the beam that this one goes
+    on from, (B, W) each, is sent the logits there, (B, W, V), and returns leaf ids and scores, (B, n) each.
+
+    Args:
+        logits: (B, 1, V) after the prompts.
+    """
+    trie, n, device = free.trie, len(logits), logits.device
     nodes = torch.zeros(n, 1, dtype=torch.long, device=device)
     key, score = torch.zeros(n, 1, device=device), torch.zeros(n, 1, device=device)
-    ancestors = torch.zeros(n, 1, 0, dtype=torch.bool, device=device)  # packed columns that each beam has come through
     best = torch.full((n, search.n), -torch.inf, device=device)
     best_score, best_node = best.clone(), torch.zeros_like(best, dtype=torch.long)
     for depth in range(1, trie.max_depth + 1):
@@ -166,21 +214,15 @@ def _search(
         best_score = torch.cat([best_score, found.score / length], 1).gather(1, place)
         best_node = torch.cat([best_node, found.node], 1).gather(1, place)
         running = torch.where(is_leaf, -torch.inf, found.key)
-        longest = trie.max_depth if search.length_normalised else 1  # no title below a beam can rank above this bound
+        longest = trie.deepest[found.node] if search.length_normalised else 1  # no title below can rank above this bound
         running = torch.where(running / longest > best[:, -1:], running, -torch.inf)
         key, place = running.topk(min(search.n, running.shape[1]))
-        if not torch.isfinite(key).any():
+        width = int(torch.isfinite(key).sum(1).max())
+        if not width:
             break
+        key, place = key[:, :width], place[:, :width]
         nodes, score, beam = (x.gather(1, place) for x in (found.node, found.score, found.beam))
-        ancestors = ancestors.gather(1, beam[..., None].expand(-1, -1, ancestors.shape[-1]))
-        itself = torch.eye(nodes.shape[1], dtype=torch.bool, device=device).expand(n, -1, -1)
-        ancestors = torch.cat([ancestors, itself], -1)
-        visible = torch.cat([prompt.mask[:, None].expand(-1, nodes.shape[1], -1), ancestors], -1)
-        logits = model(
-            input_ids=trie.token[nodes].clamp(min=0), attention_mask=visible[:, None], past_key_values=prompt.cache,
-            position_ids=(prompt.position[:, -1:] + depth).expand_as(nodes), use_cache=True,
-        ).logits
-    prompt.cache.crop(-ancestors.shape[-1])
+        logits = yield trie.token[nodes].clamp(min=0), beam
     got = torch.isfinite(best)
     return torch.where(got, trie.node_leaf[best_node], -1), torch.where(got, best_score, -torch.inf)
 

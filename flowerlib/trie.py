@@ -192,6 +192,15 @@ class TitleTrie:
             forks[level] = forks[level].masked_scatter(n_children[level] == 1, forks[only])
         return forks
 
+    @cached_property
+    def deepest(self) -> Tensor:
+        """(n_nodes,) depth of the deepest node below each, itself included: tokens of the longest title through it."""
+        deepest, start = self.depth.clone(), self._level_start
+        for depth in range(self.max_depth, 0, -1):
+            level = slice(start[depth], start[depth + 1])
+            deepest.scatter_reduce_(0, self.parent[level], deepest[level].clone(), "amax")
+        return deepest
+
     def log_leaf_probs(self, log_edges: Tensor) -> Tensor:
         """Log-probabilities of the edges into each node, (n_nodes,), → their sums along each title, (n_leaves,)."""
         path = self.paths(self.leaves)

@@ -72,6 +72,13 @@ def test_a_node_forks_where_several_titles_go_on_from_it(catalogue):
 
 @prove
 @given(any_catalogue)
+def test_the_deepest_node_below_each(catalogue):
+    longest = [max(len(s) for s in catalogue if tuple(s[: len(p)]) == p) for p in prefixes_in_order(catalogue)]
+    assert TitleTrie.from_sequences(catalogue).deepest.tolist() == longest
+
+
+@prove
+@given(any_catalogue)
 def test_nodes_are_the_prefixes_breadth_first(catalogue):
     trie, prefixes = TitleTrie.from_sequences(catalogue), prefixes_in_order(catalogue)
     number = {prefix: node for node, prefix in enumerate(prefixes)}
