@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import backbone, data, metrics, policy, rewards, runs, train
+from . import backbone, batches, data, metrics, policy, rewards, runs, train
 from .decoding import Beams, beam_search
 from .preference import PreferenceModel
 from .runs import Settings
@@ -194,11 +194,11 @@ class Arena:
         kept = np.sort(self._order(contender)[: contender.n_rows])
         return replace(self.tables, train=self.tables.train.iloc[kept])
 
-    def _rows(self, contender: Contender) -> train.Rows:
+    def _rows(self, contender: Contender) -> batches.Rows:
         chosen, titles = contender.settings, self.tables.items.title.tolist()
         tokenizer = backbone.load_backbone(chosen, [*titles, *policy.prompt_texts(chosen.category, chosen.rows)])[1]
         catalogue = policy.Catalogue.build(tokenizer, titles, chosen.category, chosen.rows)
-        return train.training_rows(catalogue, self._tables(contender), chosen)
+        return batches.training_rows(catalogue, self._tables(contender), chosen)
 
     def model(self, contender: Contender) -> tuple[PreTrainedModel, policy.Catalogue]:
         """The contender, tuned: now, or taken from its folder where that was done before; the last one stays in memory."""
@@ -261,8 +261,9 @@ class Arena:
 
     def _made_from(self, contender: Contender) -> dict[str, Any]:
         part = {"n_rows": contender.n_rows} if contender.n_rows else {}
-        return part | {"contender": contender.method, "settings": asdict(contender.settings), "data": self._made_of,
-                       "code": runs.code_digest(*train.MODULES, "decoding")}
+        rounded = contender.settings.bfloat16 and runs.computes_in_bfloat16()
+        return part | {"contender": contender.method, "settings": asdict(contender.settings), "bf16": rounded,
+                       "data": self._made_of, "code": runs.code_digest(*train.MODULES, "decoding")}
 
     def forward_tokens(self, contender: Contender) -> int:
         """Tokens that training sends through the tuned layers."""

@@ -140,7 +140,7 @@ def _provenance(folder: Path) -> str:
     columns = {}
     for path in sorted((folder / "results").glob("*.json")):
         source = runs.read_document(path)["provenance"]
-        flat = {key: source[key] for key in ("commit", "device", "threads", "seconds", "matmul_1024_seconds") if key in source}
+        flat = {key: source[key] for key in ("commit", "device", "threads", "bfloat16", "seconds", "matmul_1024_seconds") if key in source}
         columns[path.stem] = flat | source.get("versions", {}) | source.get("settings", {})
     table = pd.DataFrame(columns).astype(object).fillna("").to_html(border=0)
     return f"# Settings and provenance\n\nOne column a results file of `{folder.name}/results`.\n\n{table}"

@@ -63,7 +63,7 @@ class Settings:
     learning_rate: float = 2e-3
     batch_size: int = 8  # rows a step
     device_batch: int = 8  # rows that a device takes at a time; gradients add up to batch_size
-    bfloat16: bool = False  # train in bfloat16 on CPUs too: fast where they compute in it (AVX512_BF16, AMX), slow elsewhere
+    bfloat16: bool = True  # train in bfloat16 where the processor computes in it (GPUs; CPUs with AVX512_BF16 or AMX)
     epochs: float = 1.0
     evaluations: int = 4  # validations (and checkpoints) during training
     validation_rows: int = 256  # rows of valid.parquet that choose the checkpoint (0: all)
@@ -112,7 +112,7 @@ _RANGES = {  # all other numbers are 0 or more
 PROFILES: dict[str, Settings] = {
     "smoke": Settings(
         profile="smoke", max_items=80, max_users=60, max_history=8, preference_size=16, model="tiny", frozen_layers=1,
-        tuned_layers=1, learning_rate=3e-3, epochs=6.0, evaluations=2,
+        tuned_layers=1, bfloat16=False, learning_rate=3e-3, epochs=6.0, evaluations=2,
     ),
     "laptop": Settings(),
     "paper": Settings(
@@ -236,6 +236,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def computes_in_bfloat16() -> bool:
+    """Whether this machine's GPU, or without one its CPU, has instructions for bfloat16; elsewhere it would be slow."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def matmul_seconds(n: int = 1024, repeats: int = 5) -> float:
     """Median seconds of one float32 (n, n) matrix product: how fast this machine was at that moment."""
     import torch
@@ -275,6 +285,7 @@ def provenance(chosen: Settings, seconds: float) -> dict[str, Any]:
     packages = ("torch", "transformers", "peft", "accelerate", "numpy", "pandas")
     return {
         "settings": asdict(chosen),
+        "bfloat16": chosen.bfloat16 and computes_in_bfloat16(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),

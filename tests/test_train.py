@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from flowerlib import backbone, data, decoding, losses, policy, preference, rewards, runs, train
+from flowerlib import backbone, batches, data, decoding, losses, policy, preference, rewards, runs, train
 
 TITLES = ["Toy Story", "Toy Story 2", "Toy Soldiers", "Heat", "Fargo", "The Rock", "The Big Heat"]
 HISTORIES, TARGETS = [[0, 1], [3], [2, 4, 5]], [[2, 3], [6, 0, 1], [1]]
@@ -47,8 +47,8 @@ def subtb(pairs):
 def test_loss_equals_one_unpadded_row_per_title(tmp_path):
     model, _, catalogue = world()
     made = trainer(model.eval(), catalogue, tmp_path)
-    rows = train.make_rows(catalogue, HISTORIES, TARGETS)
-    loss = made.compute_loss(model, train.collate([rows[i] for i in range(3)]))
+    rows = batches.make_rows(catalogue, HISTORIES, TARGETS)
+    loss = made.compute_loss(model, batches.collate([rows[i] for i in range(3)]))
     pairs = [
         naive(model, catalogue, wanted[:n], made.log_r, history, target)
         for history, wanted in zip(HISTORIES, TARGETS) for n, target in enumerate(wanted)
@@ -59,9 +59,9 @@ def test_loss_equals_one_unpadded_row_per_title(tmp_path):
 
 def test_eos_follows_the_target_in_the_papers_form(tmp_path):
     model, tokenizer, catalogue = world("target")
-    rows = train.make_rows(catalogue, [[0]], [[3]])
+    rows = batches.make_rows(catalogue, [[0]], [[3]])
     made = trainer(model.eval(), catalogue, tmp_path, theta=1.0)
-    loss = made.compute_loss(model, train.collate([rows[0]]))
+    loss = made.compute_loss(model, batches.collate([rows[0]]))
     ids = rows[0]["input_ids"]
     assert ids[-1] == tokenizer.eos_token_id
     logits = model(torch.tensor(ids)[None]).logits[0].log_softmax(-1)
@@ -76,8 +76,8 @@ def test_packed_paths_see_the_prompt_and_nothing_else(tmp_path, paths, form, n_p
     model, _, catalogue = world(form)
     made = trainer(model.train(), catalogue, tmp_path, paths=paths, n_paths=n_paths)
     targets = [wanted[:1] for wanted in TARGETS] if form == "target" else TARGETS
-    rows = train.make_rows(catalogue, HISTORIES, targets)
-    batch = train.collate([rows[i] for i in range(3)])
+    rows = batches.make_rows(catalogue, HISTORIES, targets)
+    batch = batches.collate([rows[i] for i in range(3)])
     nodes, width = batch["nodes"], batch["nodes"].shape[1]
     starts = (nodes >= 0) & (catalogue.trie.depth[nodes.clamp(min=0)] == 1)
     branch = torch.multinomial(starts.float(), n_paths, replacement=True)
@@ -101,19 +101,19 @@ def test_packed_paths_see_the_prompt_and_nothing_else(tmp_path, paths, form, n_p
 def test_padding_and_batch_order_do_not_matter(tmp_path):
     model, _, catalogue = world()
     made = trainer(model.eval(), catalogue, tmp_path)
-    rows = train.make_rows(catalogue, HISTORIES, TARGETS)
+    rows = batches.make_rows(catalogue, HISTORIES, TARGETS)
     orders = [0, 1, 2], [2, 1, 0]
-    forth, back = (made.compute_loss(model, train.collate([rows[i] for i in order])) for order in orders)
+    forth, back = (made.compute_loss(model, batches.collate([rows[i] for i in order])) for order in orders)
     torch.testing.assert_close(forth, back)
 
 
 def test_the_cached_trunk_gives_the_loss_of_the_whole_model(tmp_path):
     model, _, catalogue = world()
     trunk, upper = backbone.split_layers(model.eval(), 1)
-    rows = train.make_rows(catalogue, HISTORIES, TARGETS)
-    whole = trainer(model, catalogue, tmp_path).compute_loss(model, train.collate([rows[i] for i in range(3)]))
+    rows = batches.make_rows(catalogue, HISTORIES, TARGETS)
+    whole = trainer(model, catalogue, tmp_path).compute_loss(model, batches.collate([rows[i] for i in range(3)]))
     rows.run_trunk(trunk, tmp_path, "train", batch_size=2)
-    batch = train.collate([rows[i] for i in range(3)])
+    batch = batches.collate([rows[i] for i in range(3)])
     assert batch["inputs_embeds"].dtype == torch.float32
     cached = trainer(upper, catalogue, tmp_path).compute_loss(upper, batch)
     torch.testing.assert_close(cached, whole, rtol=1e-3, atol=1e-3)
@@ -143,8 +143,8 @@ def test_preferences_are_those_of_the_rows_own_titles(tmp_path, reward):
     model, _, catalogue = world()
     likes, trie = preference_model(), catalogue.trie
     made = trainer(model.eval(), catalogue, tmp_path, reward=reward, preference=likes)
-    rows = train.make_rows(catalogue, HISTORIES, TARGETS)
-    loss = made.compute_loss(model, train.collate([rows[i] for i in range(3)]))
+    rows = batches.make_rows(catalogue, HISTORIES, TARGETS)
+    loss = made.compute_loss(model, batches.collate([rows[i] for i in range(3)]))
     counts = rewards.count_log_rewards(trie, torch.arange(1, len(TITLES) + 1)).float()
     pairs, sft = [], []
     for history, wanted in zip(HISTORIES, TARGETS):
@@ -163,8 +163,8 @@ def test_the_children_form_is_the_divergence_at_every_node_of_the_titles(tmp_pat
     model, _, catalogue = world()
     trie, likes = catalogue.trie, preference_model()
     made = trainer(model.eval(), catalogue, tmp_path, theta=0.0, reward="exact", flow="children", preference=likes)
-    rows = train.make_rows(catalogue, HISTORIES, TARGETS)
-    loss = made.compute_loss(model, train.collate([rows[i] for i in range(3)]))
+    rows = batches.make_rows(catalogue, HISTORIES, TARGETS)
+    loss = made.compute_loss(model, batches.collate([rows[i] for i in range(3)]))
     counts = rewards.count_log_rewards(trie, torch.arange(1, len(TITLES) + 1)).float()
     divergences = []
     for history, wanted in zip(HISTORIES, TARGETS):
@@ -186,8 +186,8 @@ def test_weights_of_targets_stand_inside_the_mean(tmp_path):
     model, _, catalogue = world()
     weights = torch.arange(len(TITLES)) / 3
     made = trainer(model.eval(), catalogue, tmp_path, theta=1.0, leaf_weights=weights)
-    rows = train.make_rows(catalogue, HISTORIES, TARGETS)
-    loss = made.compute_loss(model, train.collate([rows[i] for i in range(3)]))
+    rows = batches.make_rows(catalogue, HISTORIES, TARGETS)
+    loss = made.compute_loss(model, batches.collate([rows[i] for i in range(3)]))
     terms = [-weights[target] * naive(model, catalogue, wanted[:n], made.log_r, history, target)[0]
              for history, wanted in zip(HISTORIES, TARGETS) for n, target in enumerate(wanted)]
     torch.testing.assert_close(loss, torch.cat(terms).mean())
@@ -198,15 +198,15 @@ def test_drawn_paths_train_with_preferences(tmp_path, paths):
     model, _, catalogue = world()
     made = trainer(model.train(), catalogue, tmp_path, paths=paths, reward="exact", flow="children", n_paths=2,
                    preference=preference_model())
-    rows = train.make_rows(catalogue, HISTORIES, TARGETS)
+    rows = batches.make_rows(catalogue, HISTORIES, TARGETS)
     torch.manual_seed(0)
-    made.compute_loss(model, train.collate([rows[i] for i in range(3)])).backward()
+    made.compute_loss(model, batches.collate([rows[i] for i in range(3)])).backward()
     assert torch.isfinite(model.lm_head.weight.grad).all()
 
 
 def test_rows_hold_every_target_once():
     _, _, catalogue = world()
-    rows = train.make_rows(catalogue, HISTORIES, TARGETS)
+    rows = batches.make_rows(catalogue, HISTORIES, TARGETS)
     reached = np.concatenate(rows.nodes)
     ends = catalogue.trie.node_leaf[torch.from_numpy(reached[reached >= 0])]
     assert ends[ends >= 0].tolist() == [catalogue.trie.item_leaf[t].item() for wanted in TARGETS for t in wanted]
@@ -216,11 +216,11 @@ def test_the_trunk_is_run_again_for_other_rows_or_weights_and_only_then(tmp_path
     model, _, catalogue = world()
     trunk, _ = backbone.split_layers(model.eval(), 1)
     ran = []
-    states = train.Rows._states
-    monkeypatch.setattr(train.Rows, "_states", lambda self, *args: ran.append(1) or states(self, *args))
+    states = batches.Rows._states
+    monkeypatch.setattr(batches.Rows, "_states", lambda self, *args: ran.append(1) or states(self, *args))
 
     def run(targets):
-        train.make_rows(catalogue, HISTORIES, targets).run_trunk(trunk, tmp_path, "train")
+        batches.make_rows(catalogue, HISTORIES, targets).run_trunk(trunk, tmp_path, "train")
         return len(ran)
 
     assert [run(TARGETS), run(TARGETS), run(TARGETS[::-1])] == [1, 1, 2]
@@ -287,7 +287,8 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_training_in_bfloat16_comes_close_and_leaves_a_model_in_float32(tmp_path, whole):
+def test_training_in_bfloat16_comes_close_and_leaves_a_model_in_float32(tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(runs, "computes_in_bfloat16", lambda: True)
     chosen = replace(TINY, frozen_layers=0, tuned_layers=0) if whole else TINY
     weights, log = run_training(tmp_path / "32", chosen)
     rounded, log_16 = run_training(tmp_path / "16", replace(chosen, bfloat16=True))
@@ -307,7 +308,7 @@ def test_checkpoints_of_other_settings_are_not_taken_up(tmp_path):
 
 def test_titles_and_rows_longer_than_the_context_are_refused(tmp_path):
     model, _, catalogue = world()
-    rows = train.make_rows(catalogue, HISTORIES, TARGETS)
+    rows = batches.make_rows(catalogue, HISTORIES, TARGETS)
     model.config.max_position_embeddings = len(catalogue.context([])) + 3
     with pytest.raises(ValueError, match="item 1, 'Toy Story 2', has 4 tokens"):
         train._check_lengths(model, catalogue, [rows])
@@ -321,7 +322,7 @@ def test_a_full_disk_is_seen_before_the_trunk_runs(tmp_path, monkeypatch):
     trunk, _ = backbone.split_layers(model.eval(), 1)
     monkeypatch.setattr(train.shutil, "disk_usage", lambda _: train.shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(OSError, match="0 MB free: make room"):
-        train.make_rows(catalogue, HISTORIES, TARGETS).run_trunk(trunk, tmp_path, "train")
+        batches.make_rows(catalogue, HISTORIES, TARGETS).run_trunk(trunk, tmp_path, "train")
     assert not list(tmp_path.iterdir())
 
 

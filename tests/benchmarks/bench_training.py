@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, Trainer, TrainingArguments
 
-from flowerlib import fit, losses, policy, runs, train
+from flowerlib import batches, fit, losses, policy, runs, train
 from flowerlib.preference import PreferenceModel
 from flowerlib.trie import TitleTrie
 
@@ -18,8 +18,8 @@ def batch(catalogue):
     """Eight prompts of ten titles, about 160 tokens each, and a title to learn."""
     rng = np.random.default_rng(0)
     histories = rng.integers(len(catalogue.titles), size=(8, 9)).tolist()
-    rows = train.make_rows(catalogue, histories, rng.integers(len(catalogue.titles), size=(8, 1)).tolist())
-    made = train.collate([rows[i] for i in range(len(rows))])
+    rows = batches.make_rows(catalogue, histories, rng.integers(len(catalogue.titles), size=(8, 1)).tolist())
+    made = batches.collate([rows[i] for i in range(len(rows))])
     print(f"\n{made['attention_mask'].sum(1).float().mean():.0f} tokens a row")
     return made
 
@@ -62,7 +62,7 @@ def test_a_flower_step(side_by_side, model, catalogue, batch, tmp_path, flow, pa
 
 def test_an_sft_step_against_transformers(side_by_side, model, catalogue, batch, tmp_path):
     trainer = Trainer(model.train(), TrainingArguments(str(tmp_path), report_to="none"))
-    labels = torch.where(batch["nodes"] == train.NO_TARGET, -100, batch["input_ids"])
+    labels = torch.where(batch["nodes"] == batches.NO_TARGET, -100, batch["input_ids"])
     padded = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
 
     def plain():
