@@ -285,7 +285,7 @@ def provenance(chosen: Settings, seconds: float) -> dict[str, Any]:
     packages = ("torch", "transformers", "peft", "accelerate", "numpy", "pandas")
     return {
         "settings": asdict(chosen),
-        "bfloat16": chosen.bfloat16 and computes_in_bfloat16(),
+        "bfloat16": getattr(chosen, "bfloat16", False) and computes_in_bfloat16(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
