@@ -70,11 +70,11 @@ def speed_table(measured: Path) -> str:
     lines = ["| ours / the other way | predicted | measured | least, most | bound | kept |", "|---|---|---|---|---|---|"]
     for row in json.loads(measured.read_text(encoding="utf-8"))["rows"]:
         predicted = f"{row['predicted']:.2g}" if row.get("predicted") else ""
-        spread = f"{row['least']:.2g}, {row['most']:.2g}" if "least" in row else ""
+        spread = f"{row['least']:.3g}, {row['most']:.3g}" if "least" in row else ""
         bound, kept = "", "tried"
         if row["bound"] is not None:
-            bound, kept = f"{row['bound']:.2g}", "yes" if row["ratio"] <= row["bound"] else "**no**"
-        lines.append(f"| {row['name']} | {predicted} | {row['ratio']:.2g} | {spread} | {bound} | {kept} |")
+            bound, kept = f"{row['bound']:.3g}", "yes" if row["ratio"] <= row["bound"] else "**no**"
+        lines.append(f"| {row['name']} | {predicted} | {row['ratio']:.3g} | {spread} | {bound} | {kept} |")
     return "\n".join(lines)
 
 
