@@ -25,7 +25,7 @@ WRONG = {  # an answer to each exercise that a reader may well give
     "hit_rate_on_the_tail": "return 2.0",
     "fair_and_useless": "return np.tile(np.argsort(-counts)[:k], (n_users, 1))",
     "ghosts_needed": "return 2",
-    "node_share": "return float((r * np.log(r / pi)).sum())",
+    "node_share": "return reach * float((pi * np.log(pi / r)).sum())",
     "mended_reward": "return log_target",
     "titles_for_half": "return len(slots) // 2",
     "fair_with_few": "return counts",
