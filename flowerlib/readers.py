@@ -167,8 +167,9 @@ def read_counts(path: str | Path) -> pd.Series:
     table.columns = ["title", "count"]
     numbers = pd.to_numeric(table["count"], errors="coerce")
     titles = table.title.fillna("").astype(str).map(clean_title)
-    refuse(titles.map(is_blank), f"{path.name}, row", "the title is blank")
-    refuse(~(np.isfinite(numbers) & (numbers > 0)), f"{path.name}, row", "the count {} is no positive number", table["count"])
+    refuse(titles.map(is_blank), f"{path.name}, {table.index.name}", "the title is blank")
+    refuse(~(np.isfinite(numbers) & (numbers > 0)), f"{path.name}, {table.index.name}",
+           "the count {} is no positive number, leave a title without any out", table["count"])
     counts = numbers.astype(float).groupby(titles.to_numpy(), sort=False).sum()
     if len(counts) < 2:
         raise ValueError(f"{path.name} has {len(counts)} title: a distribution needs two or more")
@@ -190,21 +191,24 @@ def read_recommendations(path: str | Path) -> pd.Series:
         raise ValueError(f"{path.name} needs rows and a column title or item_id, and has {len(table)} rows of "
                          f"{', '.join(map(str, table)) or 'nothing'}")
     names = table[named[0]].fillna("").astype(str).map(clean_title)
-    refuse(names.map(is_blank), f"{path.name}, row", f"the {named[0]} is blank")
-    return names.rename("title")
+    refuse(names.map(is_blank), f"{path.name}, {table.index.name}", f"the {named[0]} is blank")
+    return names.rename("title").reset_index(drop=True)
 
 
 def _read_any(path: Path) -> pd.DataFrame:
-    """The table in a CSV, JSON (records, or one object) or Parquet file."""
+    """The table in a CSV, JSON (records, or one object) or Parquet file, indexed by a CSV's lines or by rows from 0."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file: a relative path counts from the project's root")
     ending = path.suffix.lower()
     try:
         if ending == ".json":
             held = json.loads(path.read_text(encoding="utf-8"))
-            return pd.DataFrame(held.items() if isinstance(held, dict) else held)
-        if ending in (".csv", ".parquet"):
-            return pd.read_csv(path, keep_default_na=False) if ending == ".csv" else pd.read_parquet(path)
+            return pd.DataFrame(held.items() if isinstance(held, dict) else held).rename_axis("row")
+        if ending == ".csv":
+            table = pd.read_csv(path, keep_default_na=False)
+            return table.set_axis(pd.RangeIndex(2, 2 + len(table), name="line"))
+        if ending == ".parquet":
+            return pd.read_parquet(path).reset_index(drop=True).rename_axis("row")
     except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{path.name} is damaged: {error}") from None
     raise ValueError(f"{path.name}: a table ends in .csv, .json or .parquet")

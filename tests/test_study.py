@@ -88,10 +88,10 @@ def test_tables_of_counts_are_read_and_equal_titles_added_up(tmp_path, ending):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("title,count\nHeat,3\nFargo,-1\n", "bad.csv, row 1: the count -1 is no positive number"),
-    ("title,count\nHeat,3\nFargo,0\n", "row 1: the count 0"),
-    ("title,count\nHeat,3\nFargo,many\n", "row 1: the count 'many'"),
-    ("title,count\n,3\nFargo,1\n", "row 0: the title is blank"),
+    ("title,count\nHeat,3\nFargo,-1\n", "bad.csv, line 3: the count -1 is no positive number"),
+    ("title,count\nHeat,3\nFargo,0\n", "line 3: the count 0"),
+    ("title,count\nHeat,3\nFargo,many\n", "line 3: the count 'many'"),
+    ("title,count\n,3\nFargo,1\n", "line 2: the title is blank"),
     ("title,count\nHeat,3\n", "has 1 title"),
     ("a,b,c\n1,2,3\n", "needs the columns title and count, and has a, b, c"),
     ("", "bad.csv is damaged"),
