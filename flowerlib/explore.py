@@ -36,10 +36,11 @@ def live(
     The table that `draw` returns stands below; a ValueError's message takes the figure's place in words.
     """
     picture, below = widgets.Image(format="png", layout={"max_width": "100%"}), widgets.HTML()
-    figure = Figure(figsize=size, dpi=80, layout="constrained")
+    figure = Figure(figsize=size, dpi=80, layout="none")
 
     def show(_: Any = None) -> None:
         figure.clear()
+        figure.subplots_adjust(left=0.06, right=0.98, bottom=0.19, top=0.86, wspace=0.2)  # an engine would draw twice
         try:
             table = draw(figure, **{name: control.value for name, control in controls.items()})
         except ValueError as error:
@@ -56,7 +57,7 @@ def live(
 
 def _png(figure: Figure) -> bytes:
     buffer = BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)  # draws once; savefig draws a figure with a layout engine twice
+    FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
 
 
@@ -156,7 +157,7 @@ def draw_branch(
     series |= {f"{name} (π)": edges[children].exp() for name, edges in branches.log_edges.items()}
     plots.node_choice(right, [branches.labels[child] for child in children], series,
                       title=f"What follows “{prefix}”?" if prefix else "How does a title begin?", n=n)
-    right.legend(loc="lower right")
+    right.legend(loc="center right")
 
 
 def tree(branches: Branches, title: str) -> widgets.VBox:

@@ -20,8 +20,7 @@ import pandas as pd
 from . import runs, tables
 
 TABLES = {
-    "04_bias_and_diversity": tables.comparison_table, "05_fit_a_known_distribution": tables.fit_table,
-    "07_which_title_next": tables.next_table,
+    "05_fit_a_known_distribution": tables.fit_table, "07_which_title_next": tables.next_table,
 }
 FIGURE = re.compile(r'"figures" / "(\w+\.png)"')
 FORMULA = re.compile(r"(?P<code>```.+?```|`[^`\n]+`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$]+?)(?<![\s\\])\$(?![\w$])", re.DOTALL)
@@ -95,10 +94,11 @@ def headline(folder: Path) -> str:
 
 
 def _found(folder: Path, notebooks: Mapping[str, Any]) -> str:
-    """The story: headline if notebook 04 was run, then every notebook's task, table, figures and what they say."""
+    """The story: headline and table if notebook 04 was run, then every notebook's task, table, figures and what they say."""
     parts = ["# Flower: what was found"]
-    if (folder / "results" / "04_bias_and_diversity.json").exists():
-        parts.append(headline(folder))
+    results = folder / "results" / "04_bias_and_diversity.json"
+    if results.exists():
+        parts += [headline(folder), tables.comparison_table(results)]
     for name, notebook in notebooks.items():
         # papermill puts a cell of its own before the first one of a notebook that stopped with an error
         texts = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
