@@ -19,9 +19,7 @@ import pandas as pd
 
 from . import runs, tables
 
-TABLES = {
-    "05_fit_a_known_distribution": tables.fit_table, "07_which_title_next": tables.next_table,
-}
+TABLES = {"05_fit_a_known_distribution": tables.fit_table, "07_which_title_next": tables.next_table}
 FIGURE = re.compile(r'"figures" / "(\w+\.png)"')
 FORMULA = re.compile(r"(?P<code>```.+?```|`[^`\n]+`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$]+?)(?<![\s\\])\$(?![\w$])", re.DOTALL)
 PAGE = """{% extends 'lab/index.html.j2' %}
@@ -140,7 +138,8 @@ def _provenance(folder: Path) -> str:
     columns = {}
     for path in sorted((folder / "results").glob("*.json")):
         source = runs.read_document(path)["provenance"]
-        flat = {key: source[key] for key in ("commit", "device", "threads", "bfloat16", "seconds", "matmul_1024_seconds") if key in source}
+        keys = ("commit", "device", "threads", "bfloat16", "seconds", "matmul_1024_seconds")
+        flat = {key: source[key] for key in keys if key in source}
         columns[path.stem] = flat | source.get("versions", {}) | source.get("settings", {})
     table = pd.DataFrame(columns).astype(object).fillna("").to_html(border=0)
     return f"# Settings and provenance\n\nOne column a results file of `{folder.name}/results`.\n\n{table}"

@@ -279,7 +279,10 @@ def _commit() -> str:
 
 
 def provenance(chosen: Settings, seconds: float) -> dict[str, Any]:
-    """Where a result comes from: settings (profile and seed among them), package versions, machine, commit, times."""
+    """Where a result comes from: settings (profile and seed among them), package versions, machine, commit, times.
+
+    `bfloat16` says how language models are trained with these settings on this machine; nothing else is in bfloat16.
+    """
     import torch
 
     packages = ("torch", "transformers", "peft", "accelerate", "numpy", "pandas")

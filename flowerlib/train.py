@@ -280,8 +280,8 @@ def train(
     leaf_weights = fair_weights(catalogue, tables) if chosen.reweight else torch.ones(0)
     of_preference = list(preference.parameters()) if preference is not None else []
     plan = {
-        "settings": asdict(chosen), "bf16": arguments.bf16, "theta": theta, "code": runs.code_digest(*MODULES), "valid": valid.digest(),
-        "train": rows.digest(log_item_rewards, leaf_weights, *model.parameters(), *of_preference),
+        "settings": asdict(chosen), "bf16": arguments.bf16, "theta": theta, "code": runs.code_digest(*MODULES),
+        "valid": valid.digest(), "train": rows.digest(log_item_rewards, leaf_weights, *model.parameters(), *of_preference),
     }
     finished = _finished(model, folder, plan)
     if finished is not None:
@@ -323,8 +323,8 @@ def train(
 
 
 def _save(
-    model: PreTrainedModel, weights: dict[str, Tensor] | None, tokenizer: PreTrainedTokenizerFast, tables: data.Tables, log: pd.DataFrame,
-    chosen: Settings, plan: dict[str, Any], folder: Path,
+    model: PreTrainedModel, weights: dict[str, Tensor] | None, tokenizer: PreTrainedTokenizerFast, tables: data.Tables,
+    log: pd.DataFrame, chosen: Settings, plan: dict[str, Any], folder: Path,
 ) -> None:
     (folder / "plan.json").unlink(missing_ok=True)
     with runs.atomic(folder / "model") as new:
