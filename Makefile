@@ -3,21 +3,23 @@ OUT ?= runs/$(PROFILE)
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
+REPRODUCE := $(BIN)/python -m flowerlib.lab.reproduce
+GIVEN = $(foreach p,$(PARAMETERS),-p '$(p)')
 
 .PHONY: lab reproduce study report test test-browser bench publish
 lab: .venv/ready
 	$(BIN)/python -m jupyterlab notebooks/00_follow_the_flow.ipynb
 
 reproduce: .venv/ready
-	$(BIN)/python -m flowerlib.reproduce --profile $(PROFILE) --out $(OUT) $(foreach p,$(PARAMETERS),-p $(p))
+	$(REPRODUCE) --profile $(PROFILE) --out $(OUT) $(GIVEN)
 
 study: .venv/ready
-	$(BIN)/python -m flowerlib.reproduce --only 05_fit_a_known_distribution --profile smoke
-	$(BIN)/python -m flowerlib.reproduce --profile $(PROFILE) --out $(OUT) $(foreach p,$(PARAMETERS),-p $(p)) \
+	$(REPRODUCE) --profile smoke --only 05_fit_a_known_distribution
+	$(REPRODUCE) --profile $(PROFILE) --out $(OUT) $(GIVEN) \
 	  --only 01_prepare_the_data --only 05_fit_a_known_distribution --only 06_popularity_curves --only 07_which_title_next
 
 report: .venv/ready
-	$(BIN)/python -m flowerlib.report --out $(OUT)
+	$(BIN)/python -m flowerlib.lab.report --out $(OUT)
 
 test: .venv/ready
 	$(BIN)/python -m pytest
@@ -32,7 +34,7 @@ bench: .venv/ready
 	$(BIN)/python -m pytest tests/benchmarks/bench_*.py --benchmark-enable --benchmark-only
 
 publish: .venv/ready
-	$(BIN)/python -m flowerlib.publish $(NOTEBOOKS)
+	$(BIN)/python -m flowerlib.lab.publish $(NOTEBOOKS)
 
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed'"

@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from .trie import segment_logsumexp
 
 FLOOR_LOG_REWARD = -15.0  # what the official code gives the terminator where the prefix is no title
+FLOW_LOSSES = ("subtb", "tb", "db", "modified_subtb", "divergence")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Titles on their way down the tree, and what a flow loss reads of them, in nats.
+
+    Attributes:
+        mask: (B, T) bool, True on each title's tokens, its terminator included.
+        log_pf, log_r: (B, T) log π and log r of the titles' tokens; for every loss but "divergence".
+        edge_log_pf, edge_log_r, visits, n_states: the arguments of `divergence_loss`.
+        log_end, log_end_r: log_pterm and log_term_rewards of `modified_subtb_loss`.
+    """
+
+    mask: Tensor
+    log_pf: Tensor | None = None
+    log_r: Tensor | None = None
+    edge_log_pf: Tensor | None = None
+    edge_log_r: Tensor | None = None
+    visits: Tensor | float = 1.0
+    n_states: int = 1
+    log_end: Tensor | None = None
+    log_end_r: Tensor | None = None
+
+
+def flow_loss(name: str, paths: Paths, lam: float = 1.0) -> Tensor:
+    """One of FLOW_LOSSES, a scalar: nats² for the balance losses, nats for the divergence. ValueError for another name."""
+    if name == "divergence":
+        return divergence_loss(paths.edge_log_pf, paths.edge_log_r, paths.n_states, paths.visits)
+    if name == "tb":
+        return trajectory_balance_loss(paths.log_pf, paths.log_r, paths.mask)
+    if name == "modified_subtb":
+        return modified_subtb_loss(paths.log_pf, paths.log_end, paths.log_r, paths.log_end_r, paths.mask, lam)
+    if name in ("subtb", "db"):
+        return subtb_loss(paths.log_pf, paths.log_r, paths.mask, lam if name == "subtb" else 0.0)
+    raise ValueError(f"{name!r} is no flow loss: choose one of {', '.join(FLOW_LOSSES)}")
 
 
 def sft_loss(log_pf: Tensor, mask: Tensor, weight: Tensor | float = 1.0) -> Tensor:
@@ -68,21 +106,22 @@ def modified_subtb_loss(
     return _mean_squared_sums(torch.where(steps, delta, 0), steps, lam)
 
 
-def node_kl_loss(log_pf: Tensor, log_token_rewards: Tensor, n_states: int) -> Tensor:
+def divergence_loss(
+    log_pf: Tensor, log_token_rewards: Tensor, n_states: int, visits: Tensor | float = 1.0
+) -> Tensor:
     """Mean of KL(r(·|s) ‖ π(·|s)) over the states s of some paths, in nats: zero exactly where π equals the token
-    rewards there.
+    rewards there. The flow loss of Flower-KL.
 
-    Where SubTB looks at the one token that a path takes, this looks at all tokens that could follow: in the forward
-    pass their logits lie there already. Over paths drawn from the reward its sum along a path is, by the chain rule,
-    an unbiased estimate of KL(R/Z ‖ π) of whole titles, off the tree included.
+    SubTB looks at the one token that a path takes, this at all that could follow. Over paths drawn from the reward, the sum
+    along a path is an unbiased estimate of KL(R/Z ‖ π) of whole titles (the chain rule), off the tree included.
 
     Deviation: not in the official code.
 
     Args:
         log_pf, log_token_rewards: (n,) log π and log r of all edges that leave the states, of all states together.
-        n_states: number of states.
+        n_states: what the sum is divided by. visits: (n,) or a number, weight of the state that each edge leaves.
     """
-    return (log_token_rewards.exp() * (log_token_rewards - log_pf)).sum() / n_states
+    return (visits * log_token_rewards.exp() * (log_token_rewards - log_pf)).sum() / n_states
 
 
 def trajectory_balance_loss(log_pf: Tensor, log_token_rewards: Tensor, mask: Tensor) -> Tensor:

@@ -1,19 +1,17 @@
-"""Accuracy, fairness and diversity of recommended lists: arrays in, floats out, no model.
+"""Accuracy, fairness and diversity of recommended lists (Gao et al., SIGIR 2025, RQ2): arrays in, floats out.
 
 Everything is by leaf: items with equal titles are one leaf, and the leaves are numbered by their first item. Shapes:
 U users, K places of a list, L leaves of the catalogue, G popularity groups (0 = most popular), W distinct words.
 
 - recommendations (U, K): leaf ids, best first, -1 where a list is shorter
-- targets (U,): the leaf each user really chose next
+- targets (U,): the leaf that each user interacted with next
 - counts (L,): training interactions of each leaf (true or windowed: say which beside the result)
 - exposure (L,): how many recommended slots each leaf fills
-
-Source: the metrics of Gao et al., SIGIR 2025 (RQ2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -21,11 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-
 DIVERSITY = ("h_bits", "ttr", "distinct", "coverage", "gini")  # these depend on the number of users: see evaluate
-
-
-# Accuracy
 
 
 def ranks(recommendations: ArrayLike, targets: ArrayLike) -> Ints:
@@ -47,27 +41,19 @@ def hit_rate(rank: ArrayLike, k: int) -> Floats:
 
 def ndcg(rank: ArrayLike, k: int) -> Floats:
     """NDCG@k of each user with one relevant item: 1 / log2(rank + 2) in the first k places, else 0; (U,) -> (U,)."""
-    rank = np.asarray(rank)
     return hit_rate(rank, k) / np.log2(np.maximum(rank, 0) + 2)
-
-
-# Popularity and fairness
 
 
 def popularity_groups(counts: ArrayLike, n_groups: int = 8) -> Ints:
     """Popularity group of each leaf, 0 = most popular; (L,) -> (L,).
 
-    Leaves with a count are sorted by it (ties: the lower id first) and cut into groups of equal number, the first
-    ones one larger where it does not divide; leaves without a count join the last group.
-
-    Raises:
-        ValueError: counts are not a vector of numbers >= 0, or fewer than n_groups are positive.
+    Leaves with a count are sorted by it (ties: the lower id first) and cut into equal groups, the first ones one larger
+    where it does not divide; the others join the last group. Raises ValueError if fewer than n_groups have a count.
     """
     counts = _checked_counts(counts)
-    n_positive = int((counts > 0).sum())
-    if n_positive < n_groups:
-        raise ValueError(f"{n_groups} popularity groups need as many titles with interactions, not {n_positive}")
-    order = np.argsort(-counts, kind="stable")[:n_positive]
+    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    if len(order) < n_groups:
+        raise ValueError(f"{n_groups} popularity groups need as many titles with interactions, not {len(order)}")
     groups = np.full(len(counts), n_groups - 1)
     for group, members in enumerate(np.array_split(order, n_groups)):
         groups[members] = group
@@ -94,37 +80,26 @@ def slot_table(recommendations: ArrayLike, targets: ArrayLike, titles: Sequence[
 
 
 def exposure_by_name(recommended: Sequence[str], names: Sequence[str]) -> Ints:
-    """Number of slots each name fills, of a plain list of recommended titles or ids from any system; -> (len(names),).
-
-    Raises:
-        ValueError: a recommended name is not among `names`; the message counts and shows some.
-    """
+    """Number of slots that each name fills, (len(names),), in a plain list of titles or ids recommended by any system.
+    Raises ValueError if a recommended name is not among `names`: the message counts them and shows three."""
     place = {name: i for i, name in enumerate(names)}
-    unknown = sorted({name for name in recommended if name not in place})
+    unknown = sorted(set(recommended) - place.keys())
     if unknown:
-        raise ValueError(f"{len(unknown)} recommended titles are not in the catalogue, such as "
-                         f"{', '.join(map(repr, unknown[:3]))}")
+        raise ValueError(f"{len(unknown)} titles are not in the catalogue, such as {', '.join(map(repr, unknown[:3]))}")
     return np.bincount([place[name] for name in recommended], minlength=len(names))
 
 
 def group_shares(amounts: ArrayLike, groups: ArrayLike) -> Floats:
-    """Share of each group in an amount per leaf (exposure, or counts for the history); (L,), (L,) -> (G,), sum 1.
-
-    Raises:
-        ValueError: shapes disagree, or the amounts sum to zero.
-    """
+    """Share of each group in an amount per leaf (exposure, or counts for the history); (L,), (L,) -> (G,), sum 1."""
     amounts, groups = np.asarray(amounts, dtype=float), np.asarray(groups)
     if amounts.shape != groups.shape or amounts.sum() <= 0:
-        raise ValueError(f"need amounts > 0 and one group each, not {amounts.shape} (sum {amounts.sum():g}) "
-                         f"and {groups.shape}")
+        raise ValueError(f"need amounts > 0 and one group each: {amounts.shape}, sum {amounts.sum():g}; {groups.shape}")
     return np.bincount(groups, weights=amounts) / amounts.sum()
 
 
 def group_unfairness(exposure: ArrayLike, counts: ArrayLike, groups: ArrayLike) -> Floats:
     """GU (G,): share of each group in the recommended slots minus its share in the interactions.
-
-    Deviation: the official code types the history shares in by hand, and an unhit group shifts the others there.
-    """
+    Deviation: the official code types the history shares in by hand, and an unhit group shifts the others there."""
     return group_shares(exposure, groups) - group_shares(counts, groups)
 
 
@@ -147,17 +122,13 @@ def tail(counts: ArrayLike, share: float = 0.2) -> NDArray[np.bool_]:
     """The least popular leaves that together hold at most this share of the interactions; (L,) -> (L,) bool."""
     counts = _checked_counts(counts)
     order = np.argsort(-counts, kind="stable")[::-1]
-    within = np.zeros(len(counts), dtype=bool)
-    within[order] = np.cumsum(counts[order]) <= share * counts.sum()
-    return within
+    least = order[np.cumsum(counts[order]) <= share * counts.sum()]
+    return np.isin(np.arange(len(counts)), least)
 
 
 def tail_share(exposure: ArrayLike, counts: ArrayLike, share: float = 0.2) -> float:
     """Share of the slots that the `tail` fills: about `share` where exposure follows the interactions."""
     return float(np.asarray(exposure)[tail(counts, share)].sum() / np.sum(exposure))
-
-
-# Diversity
 
 
 def distinct(exposure: ArrayLike) -> int:
@@ -181,8 +152,7 @@ def gini(exposure: ArrayLike) -> float:
 
 def word_counts(exposure: ArrayLike, titles: Sequence[str]) -> Floats:
     """How often each distinct word of the catalogue (split at white space) stands in a recommended title; -> (W,)."""
-    leaf, word, n_words = _words(titles)
-    return np.bincount(word, weights=np.asarray(exposure)[leaf], minlength=n_words)
+    return _word_counter(titles)(exposure)
 
 
 def word_entropy_bits(counts: ArrayLike) -> float:
@@ -197,17 +167,11 @@ def type_token_ratio(counts: ArrayLike) -> float:
     return float(np.count_nonzero(counts) / np.sum(counts))
 
 
-# Fit of a distribution
-
-
 def divergences(log_target: ArrayLike, log_model: ArrayLike) -> dict[str, float]:
     """How far two distributions over the leaves are apart, in nats: KL both ways, JS (0 to log 2), both entropies.
 
-    Source: the first question of Gao et al., SIGIR 2025; the logarithms (L,) are normalised here.
-    Deviation: exact distributions, where the paper counts draws and gives what was not drawn 2.2e-16.
-
-    Raises:
-        ValueError: shapes disagree, or a logarithm is not finite.
+    The logarithms (L,) are normalised here. Raises ValueError if shapes disagree, or a logarithm is not finite.
+    Source: Gao et al., SIGIR 2025, RQ1. Deviation: exact distributions, where the paper counts draws.
     """
     p, q = (np.asarray(x, dtype=float) for x in (log_target, log_model))
     if p.shape != q.shape or p.ndim != 1 or not np.isfinite([p, q]).all():
@@ -225,16 +189,16 @@ def divergences(log_target: ArrayLike, log_model: ArrayLike) -> dict[str, float]
 
 
 def sampled_divergences(draws: ArrayLike, log_target: ArrayLike) -> dict[str, float]:
-    """`divergences` of (L,) counts of drawn titles from the target, a title that was not drawn counting as 2.2e-16.
-
-    Source: the paper's measure (2,000 draws). Even a perfect model is far from 0 by it: see `sampled_kl`.
-    """
+    """`divergences` of drawn titles, (L,) counts, from the target, as the paper measures (2,000 draws): a title without
+    a draw counts as 2.2e-16. Even a perfect model is far from 0 by it: see `sampled_kl`."""
     draws = np.asarray(draws, dtype=float)
     return divergences(log_target, np.log(np.maximum(draws / draws.sum(), np.finfo(float).eps)))
 
 
-def sampled_kl(log_model: ArrayLike, log_target: ArrayLike, n_draws: int, replicates: int = 1000, seed: int = 0) -> Floats:
-    """(replicates,) KL(target‖draws), nats, of so many repetitions of drawing n_draws titles from a known (L,) model."""
+def sampled_kl(
+    log_model: ArrayLike, log_target: ArrayLike, n_draws: int, replicates: int = 1000, seed: int = 0
+) -> Floats:
+    """(replicates,) KL(target‖draws), nats: each replicate draws n_draws titles from a known (L,) model."""
     log_model, log_target = (x - np.logaddexp.reduce(x) for x in (np.asarray(log_model), np.asarray(log_target)))
     share = np.exp(log_model)
     draws = np.random.default_rng(seed).multinomial(n_draws, share / share.sum(), size=replicates)
@@ -246,19 +210,13 @@ def sampled_kl(log_model: ArrayLike, log_target: ArrayLike, n_draws: int, replic
 def node_divergences(log_reach: ArrayLike, log_edges: ArrayLike, parent: ArrayLike) -> Floats:
     """(n_nodes,) F(s)/Z · KL(r(·|s)‖π(·|s)), nats: what each node adds to the divergence of the whole titles.
 
-    By the chain rule they add up to KL(target‖model) of the titles where `log_edges` are renormalised over the
-    children, and to the same with the loss off the tree in it where they are of the whole vocabulary.
-
-    Args:
-        log_reach: (n_nodes,) log F(s)/Z. log_edges: (n_nodes,) log π of the edge into each node, the root's ignored.
-        parent: (n_nodes,) as of the trie.
+    log_reach (n_nodes,) is log F(s)/Z; log_edges (n_nodes,) is log π of the edge into each node, the root's ignored;
+    parent is the trie's. The sum is KL(target‖model) of the titles if `log_edges` are renormalised over the children,
+    and this plus the loss off the tree if they are of the whole vocabulary.
     """
     reach, edges, above = np.asarray(log_reach), np.asarray(log_edges), np.asarray(parent)[1:]
     terms = np.exp(reach[1:]) * (reach[1:] - reach[above] - edges[1:])
     return np.bincount(above, terms, minlength=len(reach))
-
-
-# All at once, with intervals
 
 
 def evaluate(
@@ -269,30 +227,23 @@ def evaluate(
     """Every metric, and `<metric>_lo`, `<metric>_hi`: a 95% interval over users (n_bootstrap=0: none).
 
     Keys: hr@k and ndcg@k for every k, dgu, mgu, average_popularity, tail_share, h_bits, ttr, distinct, coverage, gini.
-    `slots` counts the first places of a list alone for all but accuracy (None: all), so that lists of twenty tell HR@20
-    and are compared in fairness and diversity with lists of ten.
+    All but accuracy look at the first `slots` places of a list (None: all), to compare lists of 20 with lists of 10.
 
-    Two kinds of interval. Users are resampled with replacement, and the percentiles taken, for accuracy, fairness and
-    popularity. DGU and MGU are distances, so that few users alone keep them above 0: even perfectly fair slots score
-    more than 0, and the interval of a nearly fair method lies too high. The DIVERSITY metrics grow with the number of
-    users: a resample holds some 63% of the users, hence fewer titles and words, and its percentiles lie wholly beside the value. Theirs is
-    the jackknife: value +- 1.96 standard errors from leaving out one user at a time, for the value that another U
-    users would give; it errs towards too wide (Efron and Stein 1981). So compare diversity at equal U only.
+    Accuracy, fairness, popularity: percentiles over resampled users (without any hit, HR's are 0). DGU and MGU are
+    distances: with few users even fair slots score above 0, and a nearly fair method's interval lies too high.
+    DIVERSITY grows with the number of users, so compare it at equal U. A resample holds about 63% of the users, and its
+    percentiles would miss the value. The interval is the jackknife's: value +- 1.96 standard errors from leaving out
+    one user at a time. It errs towards too wide (Efron and Stein 1981). No interval covers the training seed.
 
-    The intervals cover the choice of test users, not the training seed. Without any hit, HR's interval is [0, 0].
-
-    Raises:
-        ValueError: shapes disagree, ids outside the catalogue, a leaf twice in a list, a user without
-            recommendation, no counts, k above K (lists of ten have no HR@20), or one user alone and an interval.
+    Raises ValueError: shapes disagree, ids outside the catalogue, a leaf twice in a list, a user without
+    recommendation, no counts, k above K (lists of ten have no HR@20), or one user alone and an interval.
     """
-    args = (targets, counts, titles, ks, n_bootstrap, seed, n_groups, slots)
-    values, resampled, left_out = _replicates(recommendations, *args)
-    result = dict(values)
+    values, replicates = _replicates(recommendations, targets, counts, titles, ks, n_bootstrap, seed, n_groups, slots)
     upper = {"ttr": 1.0, "coverage": 1.0, "tail_share": 1.0, "gini": 1.0, "distinct": float(len(titles))}
-    for name, (lo, hi) in _intervals(values, resampled, left_out).items():
-        result[f"{name}_lo"] = max(lo, 0.0)
-        result[f"{name}_hi"] = min(hi, upper.get(name, np.inf))
-    return result
+    for name, x in replicates.items():
+        lo, hi = _interval(name, values[name], x)
+        values |= {f"{name}_lo": max(lo, 0.0), f"{name}_hi": min(hi, upper.get(name, np.inf))}
+    return values
 
 
 def compare(
@@ -300,26 +251,23 @@ def compare(
     titles: Sequence[str], ks: Sequence[int] = (1, 3, 5, 10), n_bootstrap: int = 1000, seed: int = 0,
     n_groups: int = 8, slots: int | None = None,
 ) -> dict[str, tuple[float, float, float]]:
-    """b minus a for every metric of `evaluate`: (difference, lo, hi), a 95% interval over the same users.
+    """b minus a for every metric of `evaluate`: (difference, lo, hi), a 95% interval over users, not training seeds.
 
-    Paired: a and b are resampled together, so what users have in common cancels. Training seeds are not covered.
-
-    Raises:
-        ValueError: as `evaluate`, or n_bootstrap=0.
+    a and b share each resample of users, so what users have in common cancels. Raises ValueError also if n_bootstrap=0.
     """
     if n_bootstrap < 1:
         raise ValueError("compare needs n_bootstrap >= 1")
     args = (targets, counts, titles, ks, n_bootstrap, seed, n_groups, slots)
-    a, b = _replicates(recommendations_a, *args), _replicates(recommendations_b, *args)
-    values, resampled, left_out = ({name: b[i][name] - a[i][name] for name in a[i]} for i in range(3))
-    return {name: (values[name], lo, hi) for name, (lo, hi) in _intervals(values, resampled, left_out).items()}
+    (a, many_a), (b, many_b) = (_replicates(lists, *args) for lists in (recommendations_a, recommendations_b))
+    differences = {name: b[name] - a[name] for name in a}
+    return {name: (d, *_interval(name, d, many_b[name] - many_a[name])) for name, d in differences.items()}
 
 
 def _replicates(
     recommendations: ArrayLike, targets: ArrayLike, counts: ArrayLike, titles: Sequence[str], ks: Sequence[int],
     n_bootstrap: int, seed: int, n_groups: int, slots: int | None,
-) -> tuple[dict[str, float], dict[str, Floats], dict[str, Floats]]:
-    """Every metric's value, (R,) values over resampled users, and (U,) values with one user left out."""
+) -> tuple[dict[str, float], dict[str, Floats]]:
+    """Every metric's value and its replicates: (U,) with one user left out for DIVERSITY, else (R,) resampled."""
     counts = _checked_counts(counts)
     if len(titles) != len(counts):
         raise ValueError(f"{len(titles)} titles for {len(counts)} counts")
@@ -330,56 +278,49 @@ def _replicates(
     per_user["average_popularity"] = np.where(shown, counts[recommendations], 0.0).sum(axis=1)
     per_user["tail_share"] = (tail(counts)[recommendations] & shown).sum(axis=1)
     group_slots = ((groups[recommendations] == np.arange(n_groups)[:, None, None]) & shown).sum(axis=2).T
-    history = group_shares(counts, groups)
     sums = np.column_stack([*per_user.values(), group_slots])
+    count_words = _word_counter(titles)
 
     def from_sums(weights: NDArray) -> dict[str, Floats]:
         """Metrics that are functions of sums over users, for R weightings of the users: weights (R, U) -> (R,)."""
         total = weights @ sums
         filled = total[:, -n_groups:].sum(axis=1)
-        gu = total[:, -n_groups:] / filled[:, None] - history
-        divisor = {"average_popularity": filled, "tail_share": filled}
-        means = {name: total[:, i] / divisor.get(name, n_users) for i, name in enumerate(per_user)}
+        gu = total[:, -n_groups:] / filled[:, None] - group_shares(counts, groups)
+        means = {name: total[:, i] / (n_users if "@" in name else filled) for i, name in enumerate(per_user)}
         return means | {"dgu": np.ptp(gu, axis=1), "mgu": np.abs(gu).mean(axis=1)}
 
-    leaf, word, n_words = _words(titles)
-
     def from_exposure(exposure: Ints) -> tuple[float, ...]:
-        words = np.bincount(word, weights=exposure[leaf], minlength=n_words)
-        return (word_entropy_bits(words), type_token_ratio(words), float(distinct(exposure)), coverage(exposure),
-                gini(exposure))
+        words = count_words(exposure)
+        return word_entropy_bits(words), type_token_ratio(words), distinct(exposure), coverage(exposure), gini(exposure)
 
     exposure = exposure_of(recommendations, len(counts))
     values = {name: float(v[0]) for name, v in from_sums(np.ones((1, n_users))).items()}
-    values |= dict(zip(DIVERSITY, from_exposure(exposure)))
+    values |= dict(zip(DIVERSITY, map(float, from_exposure(exposure))))
     if n_bootstrap < 1:
-        return values, {}, {}
+        return values, {}
     if n_users < 2:
         raise ValueError("an interval needs two users at least: pass n_bootstrap=0")
     draws = np.random.default_rng(seed).multinomial(n_users, np.full(n_users, 1 / n_users), size=n_bootstrap)
     left_out = [from_exposure(exposure - exposure_of(row, len(counts))) for row in recommendations]
-    return values, from_sums(draws), dict(zip(DIVERSITY, np.array(left_out).T))
+    return values, from_sums(draws) | dict(zip(DIVERSITY, np.array(left_out).T))
 
 
-def _intervals(
-    values: dict[str, float], resampled: dict[str, Floats], left_out: dict[str, Floats]
-) -> dict[str, tuple[float, float]]:
-    """95% intervals that hold the value itself: percentiles of the resampled, jackknife of the left out."""
-    bounds = {name: np.percentile(x, (2.5, 97.5)) for name, x in resampled.items()}
-    for name, x in left_out.items():
-        error = np.sqrt((len(x) - 1) * x.var())
-        bounds[name] = values[name] + 1.96 * error * np.array([-1, 1])
-    return {name: (min(float(lo), values[name]), max(float(hi), values[name])) for name, (lo, hi) in bounds.items()}
+def _interval(name: str, value: float, replicates: Floats) -> tuple[float, float]:
+    """95% interval that holds the value itself: the jackknife for DIVERSITY, percentiles for the others."""
+    if name in DIVERSITY:
+        lo, hi = value + 1.96 * np.sqrt((len(replicates) - 1) * replicates.var()) * np.array([-1, 1])
+    else:
+        lo, hi = np.percentile(replicates, (2.5, 97.5))
+    return min(float(lo), value), max(float(hi), value)
 
 
-def _words(titles: Sequence[str]) -> tuple[Ints, Ints, int]:
-    """Leaf and word id of every word of the catalogue, and the number of distinct words."""
-    words = [title.split() for title in titles]
-    if not all(words):
-        raise ValueError(f"leaf {[bool(w) for w in words].index(False)} has an empty title")
-    ids: dict[str, int] = {}
-    word = np.array([ids.setdefault(w, len(ids)) for title in words for w in title], dtype=np.int64)
-    return np.repeat(np.arange(len(words)), [len(w) for w in words]), word, len(ids)
+def _word_counter(titles: Sequence[str]) -> Callable[[ArrayLike], Floats]:
+    """The function from an exposure (L,) to how often each distinct word of the catalogue is shown, (W,)."""
+    words = pd.Series([title.split() for title in titles]).explode()  # one row a word, its index the leaf
+    if words.hasnans:
+        raise ValueError(f"leaf {words.isna().idxmax()} has an empty title")
+    word, every = pd.factorize(words)
+    return lambda exposure: np.bincount(word, weights=np.asarray(exposure)[words.index], minlength=len(every))
 
 
 def _checked_counts(counts: ArrayLike) -> NDArray:

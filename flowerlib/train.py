@@ -1,119 +1,255 @@
-"""One trainer for SFT and Flower: rows of titles in, a tuned language model out."""
+"""What a training step goes down: settings, rows of titles, and the loss of a batch for SFT, Flower and Flower-KL."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import sys
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
-from transformers import (
-    PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainingArguments, logging,
-)
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
-from . import data, metrics, runs
-from .backbone import split_layers
-from .batches import NO_TARGET, LikeLengths, Rows, collate, training_rows, validation_rows
-from .losses import node_kl_loss, sft_loss, subpath_weights, subtb_loss
-from .policy import Catalogue, positions, sample_leaves
-from .preference import PreferenceModel
-from .progress import OneBar, log_table
+from . import data, losses
+from .losses import Paths, sft_loss, subpath_weights
+from .model import Catalogue
 from .rewards import preference_log_rewards, tilted
-from .runs import Settings
+from .tree import left_padded, pack, positions, sample_leaves
 from .trie import TitleTrie
 
-LORA_TARGETS = "all-linear"
-MODULES = (  # whose code tunes a model
-    "backbone", "batches", "data", "losses", "policy", "preference", "rewards", "train", "trie",
-)
+NO_TARGET, EOS_TARGET = -1, -2  # values in a row's `nodes` where there is no node of the tree
 
 
-def fair_weights(catalogue: Catalogue, tables: data.Tables, n_groups: int = 8) -> Tensor:
-    """(n_leaves,) IFairLRS' weight of each target: its popularity group's share in the training rows' histories over its
-    share in their targets. Where every interaction is a target it is close to 1: it needs one-target rows.
+# Settings
 
-    Source: Jiang et al., WWW 2024. Deviation: the official code multiplies a loss that is averaged already, so that
-    the weights cancel out of the comparison between targets.
+
+def setting(default: Any, low: float = 0, high: float = math.inf, choices: Sequence[str] = ()) -> Any:
+    """A field of settings: its default, and the range or the choices that its value must keep to."""
+    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What model and training ask. Raises ValueError where a value is out of its range."""
+
+    seed: int = 0  # of everything random
+    category: str = "movie"  # what the prompt calls an item
+    max_history: int = setting(24, low=1)  # titles a model sees before the one it predicts
+    # backbone (notebook 02)
+    model: str = "smollm2-135m"  # "smollm2-135m", "tiny", or any causal LM by path or hub id
+    frozen_layers: int = setting(8)  # lower layers that run once and are cached (0: none)
+    tuned_layers: int = setting(4)  # layers trained above them (0: all of the model's)
+    cut_vocabulary: bool = True  # keep only the tokens that the catalogue and the prompt use
+    lora_rank: int = setting(0)  # LoRA on all linear layers of this rank (0: all trained weights)
+    # training (notebooks 02 and 03)
+    rows: str = setting("sequence", choices=("sequence", "target"))  # every title of a user a target, or one a prompt
+    learning_rate: float = setting(2e-3)
+    batch_size: int = setting(8, low=1)  # rows a step
+    device_batch: int = setting(8, low=1)  # rows that a device takes at a time; gradients add up to batch_size
+    bfloat16: bool = True  # train in bfloat16 where the processor computes in it (GPUs; CPUs with AVX512_BF16 or AMX)
+    epochs: float = setting(1.0)
+    evaluations: int = setting(4, low=1)  # validations (and checkpoints) during training
+    validation_rows: int = setting(256)  # rows of valid.parquet that select the checkpoint (0: all)
+    # Flower (notebook 03)
+    reward: str = setting("exact", choices=("none", "exact", "div", "add"))  # "exact": item reward * p_ui^beta
+    beta: float = setting(1.0)  # of p_ui^beta in the reward "exact"; strength of "add"
+    flow: str = setting("divergence", choices=("subtb", "divergence"))  # the paper's loss, or Flower-KL's
+    theta: float = setting(0.1, high=1)  # loss = theta * SFT + (1 - theta) * flow
+    lam: float = setting(1.0, high=1)  # SubTB's lambda
+    n_paths: int = setting(1, low=1)  # drawn titles a row, where paths are drawn
+    paths: str = setting("logged", choices=("logged", "reward", "policy"))  # the data's titles, or drawn ones
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, limits = getattr(self, f.name), f.metadata or {"low": 0, "high": math.inf, "choices": ()}
+            if limits["choices"] and value not in limits["choices"]:
+                raise ValueError(f"{f.name} is {value!r}: choose one of {', '.join(limits['choices'])}")
+            if type(value) in (int, float) and not limits["low"] <= value <= limits["high"]:
+                raise ValueError(f"{f.name} is {value}: it must lie between {limits['low']} and {limits['high']}")
+        if self.epochs <= 0:
+            raise ValueError(f"epochs is {self.epochs}: it must be positive")
+        if self.flow == "divergence" and self.reward in ("div", "add"):
+            raise ValueError(f"reward {self.reward!r} is of one path, not of a node's children: set flow to subtb")
+        if self.tuned_layers and not self.frozen_layers:
+            raise ValueError("tuned_layers without frozen_layers would throw the lower layers away: set both or neither")
+
+    @property
+    def method(self) -> str:
+        """ "SFT", "Flower" (the paper's SubTB) or "Flower-KL" (divergence at every node)."""
+        return "SFT" if self.theta == 1 else "Flower" if self.flow == "subtb" else "Flower-KL"
+
+
+OF_FLOWER = ("reward", "beta", "flow", "lam", "n_paths", "paths")  # settings that do not touch SFT
+
+
+# Rows
+
+
+@dataclass
+class Rows(Dataset):
+    """Training or validation rows: token ids and, for each, the node of the tree that it reaches if it is a target.
+
+    Attributes:
+        input_ids, nodes: lists of (L,) int64 arrays; nodes is NO_TARGET on the prompt and EOS_TARGET on an eos.
+        leaves: lists of leaf ids, the history's and then the targets'. n_history: how many are the history's.
+        hidden: the frozen trunk's output for all rows' tokens, (Σ L, H) float16, or None.
     """
-    leaf, n_leaves = catalogue.trie.item_leaf.numpy(force=True), len(catalogue.trie.leaves)
-    target = pd.Index(tables.items.item_id).get_indexer(tables.train.target)
-    targets = np.bincount(leaf[target], minlength=n_leaves)
-    histories = np.bincount(leaf, weights=data.item_counts(tables, "windowed"), minlength=n_leaves)
-    groups = metrics.popularity_groups(targets, min(n_groups, int((targets > 0).sum())))
-    share = metrics.group_shares(histories, groups) / metrics.group_shares(targets, groups)
-    return torch.from_numpy(share[groups])
+
+    input_ids: list[np.ndarray]
+    nodes: list[np.ndarray]
+    leaves: list[list[int]]
+    n_history: list[int]
+    hidden: np.ndarray | None = None
+
+    @cached_property
+    def start(self) -> np.ndarray:
+        """(n + 1,) where each row begins among all rows' tokens."""
+        return np.r_[0, np.cumsum([len(ids) for ids in self.input_ids])]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row = {name: getattr(self, name)[i] for name in ("input_ids", "nodes", "leaves", "n_history")}
+        if self.hidden is not None:
+            row["hidden"] = self.hidden[self.start[i] : self.start[i + 1]]
+        return row
 
 
-class FlowerTrainer(Trainer):
-    """transformers' Trainer with Flower's loss θ · L_SFT + (1 − θ) · L_flow; θ = 1 is SFT.
+
+def make_rows(catalogue: Catalogue, histories: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Rows:
+    """Rows of prompt, then targets one after the other, each ending in ⊤, then eos if the catalogue has one.
 
     Args:
-        trie, log_item_rewards: the flow's tree and (n_items,) log R, nats, alike for all users.
-        chosen: theta, lam, flow, paths, reward and beta are used (see `runs.Settings`). Paths are the logged titles, or
-            n_paths a row drawn from the flow or from the model itself under the trie's mask; log π is over the whole
-            vocabulary.
+        histories: item positions of each prompt.
+        targets: item positions of each row's targets (one in the paper's form, a whole sequence in the other).
+    """
+    item_paths = [path[path >= 0].numpy() for path in catalogue.trie.paths(catalogue.trie.leaf)]
+    item_leaf = catalogue.trie.item_leaf.tolist()
+    ids, nodes = [], []
+    for history, wanted in zip(histories, targets, strict=True):
+        prompt = catalogue.context(history)
+        tail = [] if catalogue.eos is None else [catalogue.eos]
+        ids.append(np.array(prompt + [t for i in wanted for t in catalogue.sequences[i]] + tail))
+        nodes.append(np.concatenate(
+            [np.full(len(prompt), NO_TARGET), *(item_paths[i] for i in wanted), np.full(len(tail), EOS_TARGET)]
+        ).astype(np.int64))
+    leaves = [[item_leaf[i] for i in (*history, *wanted)] for history, wanted in zip(histories, targets)]
+    return Rows(ids, nodes, leaves, list(map(len, histories)))
+
+
+def training_rows(catalogue: Catalogue, tables: data.Tables, settings: TrainSettings) -> Rows:
+    """Every training target once: in rows of up to max_history titles ("sequence"), or one a prompt ("target")."""
+    if settings.rows == "target":
+        histories, targets = data.row_positions(tables, tables.train)
+        return make_rows(catalogue, histories, [[t] for t in targets])
+    flat, start = data.sequences(tables.train)
+    flat = pd.Index(tables.items.item_id).get_indexer(flat).tolist()
+    windows = [
+        flat[i : min(i + settings.max_history, stop)]
+        for first, stop in zip(start[:-1], start[1:]) for i in range(first, stop, settings.max_history)
+    ]
+    return make_rows(catalogue, [[]] * len(windows), windows)
+
+
+def validation_rows(catalogue: Catalogue, tables: data.Tables, settings: TrainSettings) -> Rows:
+    """Rows of valid.parquet, one target each; `settings.validation_rows` of them, drawn by the seed."""
+    histories, targets = data.row_positions(tables, tables.valid)
+    drawn = np.random.default_rng(settings.seed).permutation(len(targets))[: settings.validation_rows or None]
+    return make_rows(catalogue, [histories[i] for i in drawn], [[targets[i]] for i in drawn])
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Rows → input_ids, attention_mask, nodes (B, L) and, with a trunk, inputs_embeds (B, L, H), padded on the left;
+    leaves (B, M), -1 on the right, and n_history (B,)."""
+    ids, mask = left_padded([row["input_ids"].tolist() for row in rows])
+    nodes, _ = left_padded([row["nodes"].tolist() for row in rows], pad=NO_TARGET)
+    leaves = pad_sequence([torch.tensor(row["leaves"]) for row in rows], batch_first=True, padding_value=-1)
+    batch = {"input_ids": ids, "attention_mask": mask, "nodes": nodes, "leaves": leaves,
+             "n_history": torch.tensor([row["n_history"] for row in rows])}
+    if "hidden" in rows[0]:
+        batch["inputs_embeds"] = torch.zeros(*ids.shape, rows[0]["hidden"].shape[-1])
+        for states, row in zip(batch["inputs_embeds"], rows):
+            states[len(states) - len(row["hidden"]) :] = torch.from_numpy(np.asarray(row["hidden"], np.float32))
+    return batch
+
+
+# The loss of a batch
+
+
+class Preference(Protocol):
+    """A model of p_ui. `log_p`: (B, M) leaf ids, -1 after a row's end → (B, M + 1, n_leaves) nats, after the first 0, 1, …, M
+    titles."""
+
+    def log_p(self, leaves: Tensor) -> Tensor: ...
+
+
+class Objective:
+    """Flower's loss of a batch, θ · L_SFT + (1 − θ) · L_flow; θ = 1 is SFT.
+
+    log π is over the whole vocabulary. The paths of the flow loss are the logged titles, or `n_paths` a row drawn from the
+    flow or from the model under the tree's mask; drawn paths share one forward pass with the logged row.
+
+    Deviation: the official code samples through a switched-off cache, so that all tokens but the first ignore the prompt;
+    paths here see the whole prompt. Preferences are those of the very row (the official code takes training rows' by index
+    in validation).
+
+    Args:
+        trie, log_item_rewards: the tree, and (n_items,) log R, nats, alike for all users.
+        settings: theta, lam, flow, paths, n_paths, reward, beta and seed are used.
         preference: p_ui, for every reward but "none". It reads the titles of the row itself.
         leaf_weights: (n_leaves,) weight of each target in the SFT loss (IFairLRS), or None.
 
-    Deviation: where the official code samples through a switched-off cache, so that all tokens but the first ignore
-    the prompt, paths here see the whole prompt. Sampled paths share one forward pass with the logged row. Preferences
-    are those of the very row (the official code takes training rows' by index in validation).
+    Raises:
+        ValueError: the reward needs a preference model and there is none; a reward is not positive.
     """
 
     def __init__(
-        self, *args: Any, trie: TitleTrie, log_item_rewards: Tensor, chosen: Settings,
-        preference: PreferenceModel | None = None, leaf_weights: Tensor | None = None, **kwargs: Any,
+        self, trie: TitleTrie, log_item_rewards: Tensor, settings: TrainSettings, preference: Preference | None = None,
+        leaf_weights: Tensor | None = None, device: torch.device | str = "cpu",
     ):
-        if chosen.theta < 1 and chosen.reward != "none" and preference is None:
-            raise ValueError(f"reward {chosen.reward!r} needs a preference model: run notebook 01, or set reward to none")
-        super().__init__(*args, data_collator=collate, **kwargs)
-        device = self.args.device
-        self.trie, self.chosen, self.theta = trie.to(device), chosen, chosen.theta
+        if settings.theta < 1 and settings.reward != "none" and preference is None:
+            raise ValueError(f"reward {settings.reward!r} needs a preference model: run notebook 01, or set reward to none")
+        self.trie, self.settings, self.theta = trie.to(device), settings, settings.theta
         self.log_item_rewards = log_item_rewards.float().to(device)
         self.log_r = self.trie.log_token_rewards(self.log_item_rewards)
         self.leaf_weights = None if leaf_weights is None else leaf_weights.float().to(device)
         self.preference = preference.eval().to(device) if preference is not None else None
-        self.model_accepts_loss_kwargs = False
-        self._parts: dict[str, list[Tensor]] = {}
 
-    def _get_train_sampler(self, train_dataset: Rows | None = None) -> Sampler[int]:
-        rows = train_dataset or self.train_dataset
-        together = self.args.train_batch_size * self.args.world_size
-        return LikeLengths(list(map(len, rows.input_ids)), together, self.args.seed)
+    def __call__(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """"sft" and, where θ < 1, "flow": each a mean and the weight of the terms that it is the mean of.
 
-    def compute_loss(
-        self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> Any:
-        batch = dict(inputs)
+        Args:
+            batch: as `collate` gives it.
+        """
+        batch = dict(batch)
         nodes, leaves, n_history = (batch.pop(name) for name in ("nodes", "leaves", "n_history"))
         mask = batch["attention_mask"]
         starts = (nodes >= 0) & (self.trie.depth[nodes.clamp(min=0)] == 1)
         before = (n_history[:, None] + starts.cumsum(-1) - 1).clamp(min=0)  # titles before the one that a token is of
-        predictor = torch.arange(nodes.shape[1], device=nodes.device).expand_as(nodes) - 1
-        sampled = torch.zeros_like(nodes, dtype=torch.bool)
+        predictor = (torch.arange(nodes.shape[1], device=nodes.device) - 1).expand_as(nodes)
+        drawn = torch.zeros_like(nodes, dtype=torch.bool)
         batch["position_ids"] = positions(mask)
         log_p = self._log_p(leaves) if self.theta < 1 else None
-        if self.theta < 1 and self.chosen.paths != "logged" and model.training:
-            # (B, P) columns at which rivals of a row's targets start
-            branch = torch.multinomial(starts.float(), self.chosen.n_paths, replacement=True)
-            leaves_drawn = self._draw_leaves(model, batch, branch, before, log_p)
-            rivals = self.trie.paths(leaves_drawn.flatten()).view(*branch.shape, -1)
-            rivals = rivals[..., : int((rivals >= 0).sum(-1).max())]  # the longest title drawn, not of all
-            batch, predictor, sampled = self._packed(batch, rivals, branch)
-            nodes = torch.cat([nodes, torch.where(rivals >= 0, rivals, NO_TARGET).flatten(1)], 1)
-            before = torch.cat([before, before.gather(1, branch).repeat_interleave(rivals.shape[-1], 1)], 1)
+        if self.theta < 1 and self.settings.paths != "logged":
+            with torch.random.fork_rng(enabled=not model.training):
+                if not model.training:  # validations draw by the seed alone, so that they compare
+                    torch.manual_seed(self.settings.seed)
+                branch = torch.multinomial(starts.float(), self.settings.n_paths, replacement=True)  # (B, P) starts
+                ends = self.draw_leaves(model, batch, branch, before, log_p)
+            paths = self.trie.paths(ends.flatten())
+            paths = paths[:, : int((paths >= 0).sum(-1).max())].reshape(len(nodes), -1)  # (B, P * T)
+            batch, predictor = self.packed(batch, paths, branch)
+            drawn = torch.cat([drawn, paths >= 0], 1)
+            nodes = torch.cat([nodes, torch.where(paths >= 0, paths, NO_TARGET)], 1)
+            each = paths.shape[1] // branch.shape[1]
+            before = torch.cat([before, before.gather(1, branch).repeat_interleave(each, 1)], 1)
         tokens = batch["input_ids"]
         if "inputs_embeds" in batch:
             del batch["input_ids"]
@@ -121,283 +257,97 @@ class FlowerTrainer(Trainer):
         first = int(predictor[target].min())  # no logits are needed before it
         logits = model(**batch, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
         rows = target.nonzero()[:, 0]
-        chosen = logits[rows, predictor[target] - first].float()
-        norm = chosen.logsumexp(-1)
-        log_pf = chosen.gather(1, tokens[target][:, None])[:, 0] - norm
-        drawn = sampled[target]
-        sft = sft_loss(log_pf, ~drawn, self._weights(leaves, rows, before[target]))
-        loss = sft = self._of_all(sft, (~drawn).sum())
-        self._note("sft", sft)
+        logits = logits[rows, predictor[target] - first].float()
+        norm = logits.logsumexp(-1)
+        log_pf = logits.gather(1, tokens[target][:, None])[:, 0] - norm
+        drawn = drawn[target]
+        weight = 1.0 if self.leaf_weights is None else self.leaf_weights[leaves[rows, before[target]]]
+        parts = {"sft": (sft_loss(log_pf, ~drawn, weight), (~drawn).sum())}
         if self.theta < 1:
             use = (nodes[target] >= 0) & (drawn if drawn.any() else ~drawn)
             log_p = log_p[rows, before[target]][use] if log_p is not None else None
-            flow = self._of_all(*self._flow_loss(chosen[use], norm[use], log_pf[use], nodes[target][use], log_p))
-            self._note("flow", flow)
-            loss = self.theta * sft + (1 - self.theta) * flow
-        return (loss, {"loss": loss}) if return_outputs else loss
+            parts["flow"] = self._flow(logits[use], norm[use], log_pf[use], nodes[target][use], log_p)
+        return parts
+
+    def loss(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of a batch, a scalar: what a training step goes down."""
+        return self.total({name: mean for name, (mean, _) in self(model, batch).items()})
+
+    def total(self, parts: dict[str, Tensor]) -> Tensor:
+        """θ · sft + (1 − θ) · flow."""
+        return self.theta * parts["sft"] + (1 - self.theta) * parts["flow"] if "flow" in parts else parts["sft"]
 
     @torch.no_grad()
     def _log_p(self, leaves: Tensor) -> Tensor | None:
         """(B, M, n_leaves) log p_ui after the first 0, 1, … titles of each row, or None where no reward asks."""
-        return None if self.chosen.reward == "none" else self.preference.log_p(leaves[:, :-1])
+        return None if self.settings.reward == "none" else self.preference.log_p(leaves[:, :-1])
 
-    def _weights(self, leaves: Tensor, rows: Tensor, before: Tensor) -> Tensor | float:
-        """Each target token's weight: its title's."""
-        return 1.0 if self.leaf_weights is None else self.leaf_weights[leaves[rows, before]]
-
-    def _of_all(self, mean: Tensor, weight: Tensor) -> Tensor:
-        """A mean over terms of this weight → what, averaged over the processes, is the mean over the terms of all."""
-        n = self.accelerator.num_processes
-        return mean if n == 1 else mean * weight * n / self.accelerator.reduce(weight.float(), "sum")
-
-    def _flow_loss(
+    def _flow(
         self, logits: Tensor, norm: Tensor, log_pf: Tensor, nodes: Tensor, log_p: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The flow loss over titles laid one after the other; and the weight of the terms that it is the mean of.
+        """The flow loss over titles laid one after the other, and the weight of its terms.
 
         Args:
             logits, norm, log_pf: of the tokens, (n, V), (n,) and (n,). nodes: (n,) the nodes that they reach.
             log_p: (n, n_leaves) preferences of the user at that place, or None.
         """
-        depth = self.trie.depth[nodes] - 1
+        settings, depth = self.settings, self.trie.depth[nodes] - 1
         path = (depth == 0).cumsum(0) - 1
         log_p = log_p[depth == 0] if log_p is not None else None
-        if log_p is not None and self.chosen.reward == "exact":
-            log_r = self.trie.log_token_rewards(
-                preference_log_rewards(self.trie, self.log_item_rewards, log_p, self.chosen.beta)
-            )
+        if log_p is not None and settings.reward == "exact":
+            own = preference_log_rewards(self.trie, self.log_item_rewards, log_p, settings.beta)
+            log_r = self.trie.log_token_rewards(own)
         else:
             log_r = self.log_r.expand(int(path[-1]) + 1, -1)
-        if self.chosen.flow == "children":
-            edge, children = self.trie.children(self.trie.parent[nodes])
-            log_pf = logits[edge, self.trie.token[children]] - norm[edge]
-            return node_kl_loss(log_pf, log_r[path[edge], children], len(nodes)), torch.tensor(len(nodes), device=nodes.device)
-        shape = (int(path[-1]) + 1, int(depth.max()) + 1)
-        mask = torch.zeros(shape, dtype=torch.bool, device=nodes.device)
+        mask = torch.zeros(int(path[-1]) + 1, int(depth.max()) + 1, dtype=torch.bool, device=nodes.device)
         mask[path, depth] = True
-        rows_pf, rows_r = (torch.zeros(shape, device=nodes.device) for _ in range(2))
+        if settings.flow == "divergence":
+            state, children = self.trie.children(self.trie.parent[nodes])
+            edge_log_pf = logits[state, self.trie.token[children]] - norm[state]
+            paths = Paths(mask, edge_log_pf=edge_log_pf, edge_log_r=log_r[path[state], children], n_states=len(nodes))
+            return losses.flow_loss("divergence", paths), torch.tensor(len(nodes), device=nodes.device)
+        rows_pf, rows_r = (torch.zeros(mask.shape, device=nodes.device) for _ in range(2))
         rows_pf = rows_pf.index_put((path, depth), log_pf)
         rows_r[path, depth] = log_r[path, nodes]
-        if self.chosen.reward in ("div", "add"):
+        if settings.reward in ("div", "add"):
             ends = torch.cat([depth[1:] == 0, torch.ones_like(depth[:1], dtype=torch.bool)])
-            rows_r = tilted(rows_r, log_p, self.trie.node_leaf[nodes[ends]], self.chosen.reward, self.chosen.beta)
-        return subtb_loss(rows_pf, rows_r, mask, self.chosen.lam), subpath_weights(mask, self.chosen.lam).sum()
+            rows_r = tilted(rows_r, log_p, self.trie.node_leaf[nodes[ends]], settings.reward, settings.beta)
+        paths = Paths(mask, rows_pf, rows_r)
+        return losses.flow_loss("subtb", paths, settings.lam), subpath_weights(mask, settings.lam).sum()
 
-    def _packed(
-        self, batch: dict[str, Tensor], path: Tensor, branch: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def packed(
+        self, batch: dict[str, Tensor], paths: Tensor, branch: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """P more titles a row, packed behind it: each sees what stands before its column `branch`, and itself.
 
         Args:
-            path: (B, P, T) nodes of the titles, -1 after their ends. branch: (B, P).
+            paths: (B, P · T) nodes of the titles, -1 after their ends. branch: (B, P).
 
         Returns:
-            The batch with a (B, 1, L', L') mask, and predictor and sampled, (B, L') each.
+            The batch with a (B, 1, L', L') mask; and the column that predicts each token, (B, L').
         """
-        length, device = path.shape[-1], path.device
-        drawn = (path >= 0).flatten(1)
-        ids, mask, position = batch["input_ids"], batch["attention_mask"], positions(batch["attention_mask"])
-        width = ids.shape[1]
-        column = torch.arange(width + drawn.shape[1], device=device)
-        block = (column - width).div(length, rounding_mode="floor").clamp(min=-1)  # -1: the row as it was
-        limit = torch.cat([column[:width].expand(len(ids), -1) + 1, branch.repeat_interleave(length, 1)], 1)
-        own = (block[:, None] == block) | (block == -1) & (column < limit[..., None])  # (B, L', L')
-        visible = own & torch.cat([mask.bool(), drawn], 1)[:, None] & (column[:, None] >= column)
-        predictor = (column - 1).repeat(len(ids), 1)
-        predictor[:, width::length] = branch - 1
-        steps = torch.arange(length, device=device)
-        packed = {
-            "input_ids": torch.cat([ids, self.trie.token[path.clamp(min=0)].flatten(1) * drawn], 1),
-            "attention_mask": (visible | torch.eye(len(column), dtype=torch.bool, device=device))[:, None],
-            "position_ids": torch.cat([position, (position.gather(1, branch)[..., None] + steps).flatten(1)], 1),
-        }
-        return packed, predictor, torch.cat([torch.zeros_like(mask, dtype=torch.bool), drawn], 1)
+        ids, each = batch["input_ids"], paths.shape[1] // branch.shape[1]
+        group = torch.arange(branch.shape[1], device=paths.device).repeat_interleave(each)
+        seen = pack(self.trie, batch["attention_mask"], branch.repeat_interleave(each, 1), paths, group)
+        predictor = (torch.arange(ids.shape[1] + paths.shape[1], device=paths.device) - 1).repeat(len(ids), 1)
+        predictor[:, ids.shape[1] :: each] = branch - 1
+        tokens = self.trie.token[paths.clamp(min=0)] * (paths >= 0)
+        return {"input_ids": torch.cat([ids, tokens], 1), **seen}, predictor
 
     @torch.no_grad()
-    def _draw_leaves(
+    def draw_leaves(
         self, model: PreTrainedModel, batch: dict[str, Tensor], branch: Tensor, before: Tensor, log_p: Tensor | None
     ) -> Tensor:
         """(B, P) leaf nodes, from the flow of the user there or from the model after the columns before `branch`."""
-        n, n_paths = branch.shape
-        if self.chosen.paths == "reward":
-            log_rewards = self.log_item_rewards.expand(n * n_paths, -1)
-            if self.chosen.reward == "exact":
-                rows = torch.arange(n, device=branch.device)[:, None]
+        if self.settings.paths == "reward":
+            log_rewards = self.log_item_rewards.expand(branch.numel(), -1)
+            if self.settings.reward == "exact":
+                rows = torch.arange(len(branch), device=branch.device)[:, None]
                 log_p = log_p[rows, before.gather(1, branch)].flatten(0, 1)
-                log_rewards = preference_log_rewards(self.trie, log_rewards, log_p, self.chosen.beta)
-            return self.trie.leaf[torch.multinomial(log_rewards.softmax(-1), 1)].view(n, n_paths)
+                log_rewards = preference_log_rewards(self.trie, log_rewards, log_p, self.settings.beta)
+            return self.trie.leaf[torch.multinomial(log_rewards.softmax(-1), 1)].view_as(branch)
+        was_training = model.training
         model.eval()
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        leaves = sample_leaves(self.accelerator.unwrap_model(model), self.trie, ids, mask, branch)
-        model.train()
+        leaves = sample_leaves(model, self.trie, batch["input_ids"], batch["attention_mask"], branch)
+        model.train(was_training)
         return leaves
-
-    def _note(self, name: str, value: Tensor) -> None:
-        key = name if self.model.training else f"eval_{name}"
-        self._parts.setdefault(key, []).append(value.detach())
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the parts of the loss, averaged since the last log, to transformers' own record."""
-        prefix = "eval_" if "eval_loss" in logs else ""
-        for key in [k for k in self._parts if k.startswith("eval_") == bool(prefix)]:
-            logs[key] = float(self.accelerator.reduce(torch.stack(self._parts.pop(key)).mean(), "mean"))
-        super().log(logs, *args, **kwargs)
-
-
-def train(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, catalogue: Catalogue, tables: data.Tables,
-    chosen: Settings, folder: Path, cache: Path, log_item_rewards: Tensor | None = None,
-    preference: PreferenceModel | None = None,
-) -> pd.DataFrame:
-    """Tunes `model` in place and saves it, with tokenizer, items and settings, under `folder`, ready for `recommend`.
-
-    The checkpoint of the lowest validation loss is kept. A killed run resumes from its last checkpoint, and a finished
-    one is taken as it is, if settings, rows, rewards, first weights and code are the same.
-
-    Deviation: the paper stops once two validations in a row were no better; here all `epochs` are run.
-
-    Args:
-        cache: folder in which the frozen layers' output is kept, shared by the runs on one backbone.
-        log_item_rewards: (n_items,) log R in nats for Flower; None is SFT.
-        preference: p_ui, needed by every reward but "none".
-
-    Returns:
-        The log: columns step, loss, kind ("train" or "validation"), sft and flow (nats per token, nats²).
-
-    Raises:
-        ValueError: a title or a row is longer than the model's context; sampled paths behind frozen layers; a reward
-            that is not positive; a batch that does not part evenly over the processes.
-    """
-    theta = 1.0 if log_item_rewards is None else chosen.theta
-    if theta < 1 and chosen.frozen_layers and chosen.paths != "logged":
-        raise ValueError("paths that are drawn need every layer at hand: set frozen_layers and tuned_layers to 0 in 02")
-    rows, valid = training_rows(catalogue, tables, chosen), validation_rows(catalogue, tables, chosen)
-    _check_lengths(model, catalogue, (rows, valid))
-    log_item_rewards = torch.zeros(catalogue.trie.n_items) if log_item_rewards is None else log_item_rewards
-    checkpoints = folder / "checkpoints"
-    arguments = _arguments(chosen, checkpoints, len(rows))
-    tuned = model.to(arguments.device)
-    leaf_weights = fair_weights(catalogue, tables) if chosen.reweight else torch.ones(0)
-    of_preference = list(preference.parameters()) if preference is not None else []
-    plan = {
-        "settings": asdict(chosen), "bf16": arguments.bf16, "theta": theta, "code": runs.code_digest(*MODULES),
-        "valid": valid.digest(), "train": rows.digest(log_item_rewards, leaf_weights, *model.parameters(), *of_preference),
-    }
-    finished = _finished(model, folder, plan)
-    if finished is not None:
-        runs.write_settings(folder, chosen)
-        return finished
-    runs.seed_everything(chosen.seed)
-    with arguments.main_process_first():  # where several processes train
-        last = _last_checkpoint(checkpoints, plan)
-        if chosen.frozen_layers:
-            trunk, tuned = split_layers(model, chosen.frozen_layers)
-            tuned.get_input_embeddings().requires_grad_(False)
-            with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
-                for part, name in ((rows, "train"), (valid, "valid")):
-                    part.run_trunk(trunk, cache, f"{name}_bfloat16" if arguments.bf16 else name)
-    if chosen.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=chosen.lora_rank, lora_alpha=2 * chosen.lora_rank, target_modules=LORA_TARGETS)
-        tuned = get_peft_model(tuned, config)
-    logging.set_verbosity_error()
-    trainer = FlowerTrainer(
-        tuned, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()], trie=catalogue.trie,
-        log_item_rewards=log_item_rewards, chosen=replace(chosen, theta=theta), preference=preference,
-        leaf_weights=leaf_weights if chosen.reweight else None,
-    )
-    trainer.remove_callback(PrinterCallback)
-    torch.manual_seed(chosen.seed + 1_000_003 * arguments.process_index)  # every process draws paths of its own
-    trainer.train(resume_from_checkpoint=last)
-    trainer.accelerator.unwrap_model(tuned, keep_fp32_wrapper=False)  # bfloat16 is for training alone
-    if chosen.lora_rank:
-        tuned.merge_and_unload()
-    log = log_table(trainer.state.log_history)
-    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if tuned is model else None  # where it is sharded
-    if trainer.is_world_process_zero():
-        _save(model, whole, tokenizer, tables, log, chosen, plan, folder)
-    trainer.accelerator.wait_for_everyone()
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return log
-
-
-def _save(
-    model: PreTrainedModel, weights: dict[str, Tensor] | None, tokenizer: PreTrainedTokenizerFast, tables: data.Tables,
-    log: pd.DataFrame, chosen: Settings, plan: dict[str, Any], folder: Path,
-) -> None:
-    (folder / "plan.json").unlink(missing_ok=True)
-    with runs.atomic(folder / "model") as new:
-        model.eval().save_pretrained(new, state_dict=weights)
-        tokenizer.save_pretrained(new)
-    tables.items.to_parquet(folder / "items.parquet", index=False)
-    log.to_json(folder / "log.json", orient="records")
-    runs.write_json(folder / "plan.json", plan)
-    runs.write_settings(folder, chosen)
-
-
-def _finished(model: PreTrainedModel, folder: Path, plan: dict[str, Any]) -> pd.DataFrame | None:
-    """The log of a training that has come to its end by the same plan, its weights loaded into `model`, or None."""
-    if not (folder / "plan.json").exists() or json.loads((folder / "plan.json").read_text(encoding="utf-8")) != plan:
-        return None
-    print(f"{folder.name}: trained already with these settings and this code, taken as it is")
-    model.load_state_dict(type(model).from_pretrained(folder / "model", dtype=torch.float32).state_dict())
-    return pd.read_json(folder / "log.json", orient="records")
-
-
-def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, parts: Sequence[Rows]) -> None:
-    """Refuses a title or a row that is longer than the model's context."""
-    limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    lengths = [len(sequence) for sequence in catalogue.sequences]
-    item = int(np.argmax(lengths))
-    if len(catalogue.context([])) + lengths[item] > limit:
-        raise ValueError(
-            f"item {item}, {catalogue.titles[item][:60]!r}, has {lengths[item]} tokens; prompt and title together may "
-            f"have {limit}: shorten the title"
-        )
-    longest = max(len(ids) for rows in parts for ids in rows.input_ids) + catalogue.trie.max_depth
-    if longest > limit:
-        raise ValueError(f"a row may grow to {longest} tokens and the model reads {limit}: lower max_history")
-
-
-def _last_checkpoint(folder: Path, plan: dict[str, Any]) -> str | None:
-    """The last whole checkpoint of a killed run of the same plan; those of another plan are removed."""
-    if (folder / "plan.json").exists() and json.loads((folder / "plan.json").read_text(encoding="utf-8")) != plan:
-        shutil.rmtree(folder)
-    for half in folder.glob("checkpoint-*"):
-        if not (half / TRAINER_STATE_NAME).exists():  # written last
-            shutil.rmtree(half)
-    runs.write_json(folder / "plan.json", plan)
-    return get_last_checkpoint(folder)
-
-
-def _parted(batch_size: int, device_batch: int, processes: int) -> tuple[int, int]:
-    """Rows that each process takes at once, and how often, so that all together see `batch_size` rows a step."""
-    times = -(-batch_size // (device_batch * processes))
-    rows, rest = divmod(batch_size, times * processes)
-    if rest:
-        raise ValueError(
-            f"batch_size {batch_size} does not part into equal batches of at most {device_batch} rows (device_batch) for "
-            f"{processes} processes: make it a multiple of {times * processes}"
-        )
-    return rows, times
-
-
-def _arguments(chosen: Settings, folder: Path, n_rows: int) -> TrainingArguments:
-    total = max(1, round(chosen.epochs * n_rows / chosen.batch_size))
-    every = -(-total // chosen.evaluations)
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # set by `accelerate launch`
-    at_a_time, accumulated = _parted(chosen.batch_size, chosen.device_batch, processes)
-    arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=at_a_time, per_device_eval_batch_size=2 * at_a_time,
-        gradient_accumulation_steps=accumulated,
-        learning_rate=chosen.learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=total // 20, max_steps=total, eval_strategy="steps",
-        eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2, load_best_model_at_end=True,
-        metric_for_best_model="eval_loss", logging_steps=max(1, total // 50), report_to="none", seed=chosen.seed,
-        remove_unused_columns=False, label_names=["nodes"], prediction_loss_only=True, disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),  # else several CPU processes would not know of each other
-        bf16=chosen.bfloat16 and runs.computes_in_bfloat16(), dataloader_pin_memory=torch.cuda.is_available(), max_grad_norm=1.0,
-    )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # transformers would put a batch on each device that it sees
-    return arguments

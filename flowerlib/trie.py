@@ -77,18 +77,9 @@ class TitleTrie:
         arrays = (parent, np.concatenate(tokens, dtype=np.int64), depth, leaf.astype(np.int64), child_start)
         return cls(*map(torch.from_numpy, arrays))
 
-    @property
-    def n_nodes(self) -> int:
-        return len(self.parent)
-
-    @property
-    def n_items(self) -> int:
-        return len(self.leaf)
-
-    @property
-    def max_depth(self) -> int:
-        """Tokens of the longest title, its terminator included."""
-        return len(self._level_start) - 2
+    n_nodes = property(lambda self: len(self.parent))
+    n_items = property(lambda self: len(self.leaf))
+    max_depth = property(lambda self: len(self._level_start) - 2, doc="Tokens of the longest title, ⊤ included.")
 
     @cached_property
     def leaves(self) -> Tensor:
@@ -163,34 +154,47 @@ class TitleTrie:
             raise ValueError(f"the reward of item {int(zero.nonzero()[0, -1])} is zero: rewards must be positive")
         return flows - flows[..., self.parent.clamp(min=0)]
 
-    def with_ancestors(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """The given nodes and all nodes above them but the root, ascending, (m,); and which of them lie on the path to
-        each, itself included, (m, m) bool. Packed into one sequence, that is what each may see."""
-        closed = self.paths(nodes).unique()
-        closed = closed[closed >= 0]
-        column = torch.full((self.n_nodes + 1,), len(closed), device=closed.device)
-        column[closed] = torch.arange(len(closed), device=closed.device)
-        on_path = torch.zeros(len(closed), len(closed) + 1, dtype=torch.bool, device=closed.device)
-        on_path.scatter_(1, column[self.paths(closed)], True)  # -1, past a path's end, hits the last column
-        return closed, on_path[:, :-1]
-
     @cached_property
+    def depth_first(self) -> tuple[Tensor, Tensor]:
+        """(n_nodes,) int32 twice: when a walk through the tree, depth first, enters each node, and when it has left it.
+
+        Node a lies on the path to node s, or is s, exactly where enter[a] <= enter[s] < leave[a].
+        """
+        size, start = self._sum_below(torch.ones_like(self.parent)), self._level_start
+        enter = torch.zeros_like(size)
+        for depth in range(1, self.max_depth + 1):
+            level = slice(start[depth], start[depth + 1])
+            above, before = self.parent[level], size[level].cumsum(0) - size[level]
+            first = self.child_start[above] - start[depth]  # the eldest sibling's place in this level
+            enter[level] = enter[above] + 1 + before - before[first]
+        return enter.int(), (enter + size).int()
+
+    def on_path(self, above: Tensor, below: Tensor) -> Tensor:
+        """(…, A) and (…, B) nodes → (…, B, A) bool: whether each node of `above` lies on the path to each of `below`, or is
+        it; False where either is -1. Of packed nodes, this says which see which."""
+        enter, leave = self.depth_first
+        high, low = above.clamp(min=0)[..., None, :], below.clamp(min=0)[..., :, None]
+        inside = (enter[high] <= enter[low]) & (enter[low] < leave[high])
+        return inside & (above >= 0)[..., None, :] & (below >= 0)[..., :, None]
+
+    @property
     def inner(self) -> Tensor:
-        """The nodes that have children, without the root, depth first: near ones share most of their ancestors."""
+        """The nodes that have children, without the root, depth first."""
         nodes = (self.child_start[1:] > self.child_start[:-1]).nonzero()[1:, 0]
-        order = np.lexsort(self.paths(nodes).numpy(force=True).T[::-1])  # -1, past a path's end, comes first
-        return nodes[torch.from_numpy(order).to(nodes.device)]
+        return nodes[self.depth_first[0][nodes].argsort()]
 
     @cached_property
     def forks(self) -> Tensor:
-        """(n_nodes,) bool: whether the titles below a node still part, there or further down."""
-        n_children, start = self.child_start[1:] - self.child_start[:-1], self._level_start
-        forks = n_children > 1
-        for depth in range(self.max_depth - 1, -1, -1):
+        """(n_nodes,) bool: whether more than one title lies below a node."""
+        return self._sum_below((self.node_leaf >= 0).long()) > 1
+
+    def _sum_below(self, values: Tensor) -> Tensor:
+        """(n_nodes,) each node's sum of the values at it and below."""
+        sums, start = values.clone(), self._level_start
+        for depth in range(self.max_depth, 0, -1):
             level = slice(start[depth], start[depth + 1])
-            only = self.child_start[:-1][level][n_children[level] == 1]
-            forks[level] = forks[level].masked_scatter(n_children[level] == 1, forks[only])
-        return forks
+            sums.index_add_(0, self.parent[level], sums[level].clone())
+        return sums
 
     @cached_property
     def deepest(self) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the tests compare with was computed on a CPU
 
-from flowerlib import reproduce  # noqa: E402
+from flowerlib.lab import reproduce  # noqa: E402
 
 
 @pytest.fixture(scope="session")

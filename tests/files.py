@@ -1,4 +1,4 @@
-"""Small files as users bring them, for the tests of readers and data."""
+"""Small files as users bring them, for the tests of sources."""
 
 import gzip
 import json

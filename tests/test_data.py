@@ -1,4 +1,4 @@
-"""Processed tables, splits and counts, against naive references and on the real MovieLens-100K."""
+"""Titles, splits, leaves and counts, against naive references."""
 
 from collections import Counter
 from dataclasses import replace
@@ -6,92 +6,72 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from files import HEAD, RATES, jsonl, recbole, review
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowerlib import assets, data, readers, runs
+from flowerlib import data
+from flowerlib.lab import training
 
 prove = settings(max_examples=60, deadline=None, derandomize=True)
-FILMS = ["Toy Story", "Heat"]
-RATED = [[1, 10, 5], [1, 20, 6], [2, 20, 7]]
 
 
 def frame(rows):
-    return pd.DataFrame(rows, columns=readers.INTERACTION)
+    return pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
 
 
 def lists(rows):
     return [list(history) for history in rows.history]
 
 
-def processed(folder, items=None, **parts):
-    items = {"item_id": [10, 20, 30], "title": ["a", "b", "b"]} if items is None else items
-    rows = {"history": [[10], [10, 20]], "target": [20, 30]}
-    for name, table in ({"items": items} | dict.fromkeys(data.PARTS, rows) | parts).items():
-        pd.DataFrame(table).to_parquet(folder / f"{name}.parquet")
-    return folder
-
-
-def test_processed_tables_of_others(tmp_path):
-    tables = data.read_processed(processed(tmp_path))
-    assert tables.items.title.tolist() == ["a", "b", "b"]
-    assert lists(tables.train) == [[10], [10, 20]] and tables.train.target.tolist() == [20, 30]
-    assert list(tables.test) == ["history", "target"]
+# --- titles ---
 
 
 @pytest.mark.parametrize(
-    ("tables", "message"),
+    ("raw", "clean"),
     [
-        ({"items": {"item_id": [10]}}, r"items\.parquet has no column title"),
-        ({"items": {"item_id": [10, 10], "title": ["a", "b"]}}, r"items\.parquet, row 1: item_id 10 stands there"),
-        ({"items": {"item_id": [10, 20], "title": ["a", "\u200b"]}}, r"items\.parquet, row 1: the title of item 20 is"),
-        ({"items": {"item_id": [10, 20], "title": ["a", None]}}, r"items\.parquet, row 1: the title is missing"),
-        ({"items": {"item_id": [10, 20], "title": ["a", "b\nc"]}}, r"row 1: the title of item 20 holds a control"),
-        ({"train": {"history": [[10]]}}, r"train\.parquet has no column target"),
-        ({"train": {"history": ["10"], "target": [20]}}, r"train\.parquet: history is no list of item ids"),
-        ({"valid": {"history": [[10], []], "target": [20, 20]}}, r"valid\.parquet, row 1: the history is empty"),
-        ({"valid": {"history": [[10], None], "target": [20, 20]}}, r"valid\.parquet, row 1: the history is empty"),
-        ({"test": {"history": [[10], [10, 40]], "target": [20, 20]}}, r"test\.parquet, row 1: item 40 of the history"),
-        ({"test": {"history": [[10], [10]], "target": [20, 40]}}, r"test\.parquet, row 1: target 40 is not in items"),
-        ({"test": {"history": [["10"]], "target": ["20"]}}, r"test\.parquet, row 0: item '10' of the history"),
+        ("  a\tb\r\n c\u00a0d\x00e\u2028f ", "a b c d e f"),
+        ("Tom &amp; Jerry &#39;s &#x41;", "Tom & Jerry 's A"),
+        ("AT&T R&B; 3 < 4 > 2", "AT&T R&B; 3 < 4 > 2"),
+        ("&amp;lt;b&amp;gt;x", "x"),  # escaped twice, and a tag in the end
+        ("<i>Heat</i><br/>2<!-- no -->", "Heat 2"),
+        ("x<script>var a = '<b>';</script>y", "x y"),
+        ("🌻👩‍👩‍👧 ok", "🌻👩‍👩‍👧 ok"),
+        ("שלום \u200fالعالم", "שלום \u200fالعالم"),
+        ("Ame\u0301lie", "Amélie"),
+        ("a\ud800b", "a b"),
     ],
 )
-def test_bad_processed(tmp_path, tables, message):
-    with pytest.raises(ValueError, match=message):
-        data.read_processed(processed(tmp_path, **tables))
+def test_clean_title(raw, clean):
+    assert data.clean_title(raw) == clean
 
 
-def test_missing_and_truncated_processed(tmp_path):
-    path = processed(tmp_path) / "valid.parquet"
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"valid\.parquet is damaged or no Parquet file"):
-        data.read_processed(tmp_path)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"valid\.parquet is missing"):
-        data.read_processed(tmp_path)
+@prove
+@given(st.text(st.sampled_from("&ampltg;#39<>/b!- \t\n\u0301e\u00e9🌻") | st.characters(), max_size=30))
+def test_cleaning_twice_is_cleaning_once(raw):
+    clean = data.clean_title(raw)
+    assert data.clean_title(clean) == clean == clean.strip()
+    assert not any(c in clean for c in "\t\n\r\x00") and "  " not in clean
 
 
-@pytest.mark.parametrize("kind", [int, str])
-def test_write_and_read_back(tmp_path, kind):
-    items = pd.DataFrame({"item_id": list(map(kind, [7, 8, 9])), "title": ["🌻 x", "שלום", "c"]})
-    interactions = frame([["u", kind(i), t] for t, i in enumerate([7, 8, 9, 7, 8])])
-    tables = data.split_interactions(items, interactions, "leave-one-out", 2)
-    for _ in range(2):  # the second time they replace the first
-        data.write_processed(tables, tmp_path / "out")
-    back = data.read_processed(tmp_path / "out")
-    for name in ("items", *data.PARTS):
-        old, new = getattr(tables, name), getattr(back, name)
-        assert list(old) == list(new)
-        for column in old:
-            assert list(map(str, old[column])) == list(map(str, new[column]))
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
-        f"{name}.parquet" for name in ("items", *data.PARTS)
-    )
-    assert (data.item_counts(back) == data.item_counts(tables)).all()
-    assert lists(pd.read_parquet(tmp_path / "out" / "test.parquet")) == lists(tables.test)  # plain pandas reads it too
-    tables.train.to_parquet(tmp_path / "out" / "train.parquet")  # as a pandas user would write it
-    assert lists(data.read_processed(tmp_path / "out").train) == lists(tables.train)
+@pytest.mark.parametrize(
+    ("raw", "moved"),
+    [
+        ("Matrix, The", "The Matrix"),
+        ("Beautiful Mind, A", "A Beautiful Mind"),
+        ("American in Paris, An", "An American in Paris"),
+        ("Good, The Bad and The Ugly, The", "The Good, The Bad and The Ugly"),
+        ("Misérables, Les", "Misérables, Les"),
+        ("The Matrix", "The Matrix"),
+        (", The", ", The"),
+    ],
+)
+def test_move_article(raw, moved):
+    assert data.move_article(raw) == moved
+
+
+@pytest.mark.parametrize(("title", "blank"), [("", True), (" \u200b\u2028\t", True), (" .", False), ("\u05e9", False)])
+def test_is_blank(title, blank):
+    assert data.is_blank(title) is blank
 
 
 # --- splits and counts ---
@@ -198,83 +178,35 @@ def test_refused_splits():
         data.split_interactions(CATALOGUE, frame([]), "time", 0)
 
 
+# --- leaves and digests ---
+
+
 @prove
-@given(LOG, st.integers(1, 4))
-def test_k_core_is_the_largest_one(log, k):
-    core = data.k_core(frame(log), k)
-    rest = list(log)
-    while True:
-        users, items = Counter(r[0] for r in rest), Counter(r[1] for r in rest)
-        weak = [r for r in rest if users[r[0]] < k or items[r[1]] < k]
-        if not weak:
-            break
-        rest.remove(weak[0])
-    assert core.to_numpy().tolist() == [list(row) for row in rest]
+@given(st.lists(st.sampled_from(["Heat", "HEAT", "Fargo", "Alien", "\u0130"]), min_size=1))
+def test_equal_titles_share_a_leaf_numbered_by_their_first_item(titles):
+    order = list(dict.fromkeys(titles))
+    for given_as in (titles, pd.Series(titles, range(5, 5 + len(titles)))):
+        assert data.item_leaves(given_as).tolist() == [order.index(title) for title in titles]
 
 
-# --- load ---
+def test_digest_of_names_what_is_learned_from():
+    def tables(log, title="c"):
+        items = pd.DataFrame({"item_id": [7, 8, 9], "title": ["a", "b", title]})
+        return data.split_interactions(items, frame(log), "leave-one-out", 3)
 
-OWN = replace(runs.settings("laptop"), dataset="own")
-
-
-def test_load_slices_before_the_split(tmp_path):
-    item = HEAD + "".join(f"{i}\tfilm {i}\n" for i in range(6))
-    inter = RATES + "".join(f"{u}\t{i}\t{i}\n" for u in range(4) for i in range(6) if i != u)  # 4 and 5 by everybody
-    folder = str(recbole(tmp_path, item, inter))
-    tables = data.load(replace(OWN, data_path=folder, max_items=4, max_users=3))
-    assert tables.items.item_id.tolist() == [0, 1, 4, 5]  # equal counts: the first ones
-    assert tables.test.user_id.tolist() == [0, 1, 2] and set(tables.test.target) == {5}
-    assert lists(tables.test) == [[1, 4], [0, 4], [0, 1, 4]]
-
-
-def test_load_cuts_processed_histories(tmp_path, capsys):
-    tables = data.load(replace(OWN, data_path=str(processed(tmp_path)), max_history=1, max_items=2))
-    assert lists(tables.train) == [[10], [20]] and len(tables.items) == 3
-    assert "max_items and max_users are not applied" in capsys.readouterr().out
-
-
-def test_load_brings_amazon_to_its_5_core(tmp_path):
-    asins = [f"A{i}" for i in range(6)]
-    jsonl(tmp_path / "r.json.gz", *(review(f"u{u}", a, t) for u in range(5) for t, a in enumerate(asins)),
-          review("once", "A0", 3), review("u0", "rare", 4))
-    jsonl(tmp_path / "meta_r.json.gz", *({"asin": a, "title": a.lower()} for a in [*asins, "rare"]))
-    tables = data.load(replace(OWN, data_path=str(tmp_path)))
-    assert tables.items.item_id.tolist() == asins
-    assert [len(getattr(tables, part)) for part in data.PARTS] == [15, 5, 5]
-
-
-def test_load_refuses(tmp_path):
-    with pytest.raises(ValueError, match="dataset 'own' isn't fetched: put it into a folder"):
-        data.load(OWN)
-    with pytest.raises(FileNotFoundError, match="is no folder: data_path counts from the project's root"):
-        data.load(replace(OWN, data_path=str(tmp_path / "none")))
-    with pytest.raises(FileNotFoundError, match="holds no data that is understood: looked for items.parquet"):
-        data.load(replace(OWN, data_path=str(tmp_path)))
-    with pytest.raises(ValueError, match="leaves no row for train"):
-        data.load(replace(OWN, data_path=str(recbole(tmp_path, inter=RATES + "1\t10\t5\n"))))
-
-
-# --- the real data ---
-
-
-def test_movielens_100k():
-    try:
-        items, interactions = readers.read_recbole(assets.movielens_100k())
-    except assets.FetchError as error:
-        pytest.skip(str(error))
-    assert (len(items), len(interactions)) == (1681, 99_991)  # 1,682 and 100,000 less the film called unkonwn
-    assert items.title.nunique() == 1663  # 18 titles belong to two items each
-    assert items.title.duplicated(keep=False).sum() == 36
-    dated = items.title[items.title.str.contains(r" \(\d{4}\)$")].str[:-7]  # remakes, the article in front
-    assert set(dated) == {"Cape Fear", "Sabrina", "The Scarlet Letter", "Shall We Dance?", "That Darn Cat!"}
-    assert dated.nunique() == 5 and len(dated) == 11
-    assert items.title.str.startswith("The ").sum() >= 300 and not items.title.str.endswith(", The").any()
-    assert not interactions.duplicated(["user_id", "item_id"]).any()
-
-    tables = data.split_interactions(items, interactions, "leave-one-out", 24)
-    assert [len(getattr(tables, part)) for part in data.PARTS] == [97_162, 943, 943]
-    assert tables.test.user_id.is_unique
-    assert data.item_counts(tables).sum() == 97_162 + 943
-    timed = data.split_interactions(items, interactions, "time", 24)
-    assert timed.test.user_id.nunique() == 166  # 68 of them with training rows (69 with a training interaction)
-    assert len(set(timed.test.user_id) & set(timed.train.user_id)) == 68
+    log = [["u", 7, 0], ["u", 8, 1], ["u", 9, 2], ["u", 7, 3], ["u", 8, 4], ["v", 8, 0], ["v", 9, 1]]
+    base = tables(log)
+    name = training.digest_of(base)
+    assert len(name) == 12 and int(name, 16) >= 0
+    assert training.digest_of(tables(log)) == name
+    assert training.digest_of(replace(base, test=base.test.iloc[:0])) == name  # nothing is learned from test
+    others = [
+        tables(log, "d"),
+        tables([["w", *row[1:]] if row[0] == "v" else row for row in log]),
+        replace(base, train=base.train.iloc[:-1]),
+        replace(base, train=base.train.iloc[::-1]),
+        replace(base, valid=base.valid.assign(target=9)),
+        replace(base, train=base.train.drop(columns="user_id")),
+        replace(base, items=base.items.assign(item_id=["7", "8", "9"])),
+    ]
+    assert len({name, *map(training.digest_of, others)}) == 1 + len(others)

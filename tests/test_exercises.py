@@ -1,4 +1,4 @@
-"""Every exercise says "not attempted" as it stands, accepts the solution in notebooks/solutions and mends a wrong one."""
+"""Every exercise says "not attempted" as it stands, takes its answer in notebooks/solutions and refuses wrong ones."""
 
 import ast
 import re
@@ -9,30 +9,32 @@ import nbformat
 import papermill
 import pytest
 
-from flowerlib import reproduce
+from flowerlib.lab import reproduce
 
-WRONG = {  # an answer to each exercise that a reader may well give
-    "flow_of_star": "return 31 + 9 + 11, 51 / 119",
-    "tamed_alpha": "return 0.5",
-    "trajectory_balance": "return (log_pi - log_r).sum(-1).square().mean()",
-    "draw_list": "return np.argsort(-p)[:k]",
-    "most_popular": "return popular[:10]",
-    "gini_by_hand": "return np.abs(x - x.mean()).mean() / x.mean()",
-    "bits_of_the_title": "return -log_pf.sum().item()",
-    "share_of_decisions": "return (children > 1).float().mean()",
-    "all_different": "return 1.0",
-    "balanced_as_a_whole": "return log_r.clone()",
-    "hit_rate_on_the_tail": "return 2.0",
-    "fair_and_useless": "return np.tile(np.argsort(-counts)[:k], (n_users, 1))",
-    "ghosts_needed": "return 2",
-    "node_share": "return reach * float((pi * np.log(pi / r)).sum())",
-    "mended_reward": "return log_target",
-    "titles_for_half": "return len(slots) // 2",
-    "fair_with_few": "return counts",
-    "undominated": "return {(row['method'], row.get('reward')) for row in rows_of}",
-    "changed": "return np.mean(one != other) * one.shape[1]",
-    "packed_over_rows": "return 1 / n",
-    "tree_over_rows": "return trie.n_nodes / sum(lengths)",
+WRONG = {  # answers to each exercise that a reader may well give; numbers alone are guesses that a check might take
+    "flow_of_star": ["return 31 + 9 + 11, 51 / 119"],
+    "tamed_alpha": ["return 0.5"],
+    "trajectory_balance": ["return (log_pi - log_r).sum(-1).square().mean()"],
+    "draw_list": ["return np.argsort(-p)[:k]", "return rng.choice(len(p), size=k, p=p)"],
+    "most_popular": ["return popular[:10]", "return [item for item in popular[:10] if item not in seen]"],
+    "gini_by_hand": ["return np.abs(x - x.mean()).mean() / x.mean()", "return 0.0"],
+    "bits_of_the_title": ["return -log_pf.sum().item()", "return -log_pf.mean().item() / math.log(2)"],
+    "share_of_decisions": ["return (children > 1).float().mean()", "return 3.5 / 4.5",
+                           "return log_pf[0] / log_pf.sum()"],
+    "all_different": ["return 1.0", "return (1 - share).prod()"],
+    "balanced_as_a_whole": ["return log_r.clone()", "return torch.zeros_like(log_r)"],
+    "hit_rate_on_the_tail": ["return 2.0", "return (lists == target_leaves[:, None]).any(1).mean() + 1"],
+    "fair_and_useless": ["return np.tile(np.argsort(-counts)[:k], (n_users, 1))"],
+    "ghosts_needed": ["return 2", "return 3"],
+    "node_share": ["return reach * float((pi * np.log(pi / r)).sum())", "return float((r * np.log(r / pi)).sum())"],
+    "mended_reward": ["return log_target", "return log_target - log_reference"],
+    "titles_for_half": ["return len(slots) // 2"],
+    "fair_with_few": ["return counts"],
+    "undominated": ["return {(row['method'], row.get('reward')) for row in rows_of}", "return set()"],
+    "changed": ["return np.mean(one != other) * one.shape[1]", "return 0.0",
+                "return np.mean([len(set(a) ^ set(b)) for a, b in zip(one.tolist(), other.tolist())])"],
+    "packed_over_rows": ["return 1 / n"],
+    "tree_over_rows": ["return trie.n_nodes / sum(lengths)", "return 9 / 14 + 0.1"],
 }
 SOLUTIONS = sorted((reproduce.FOLDER / "solutions").glob("*.py"))
 
@@ -47,18 +49,22 @@ def text(notebook):
 
 
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
-def test_solutions_pass_and_wrong_answers_are_told_why(path, smoke, tmp_path):
+def test_solutions_pass_and_wrong_answers_are_refused_with_a_reason(path, smoke, tmp_path):
     run = shutil.copytree(smoke, tmp_path / "run")
     solutions = functions(path.read_text(encoding="utf-8"))
     notebook = nbformat.read(reproduce.FOLDER / f"{path.stem}.ipynb", as_version=4)
-    cells, left = [], dict(solutions)
+    cells, left, answers = [], dict(solutions), 0
     for cell in notebook.cells:
         stubs = functions(cell.source) if cell.cell_type == "code" else {}
         for name, stub in stubs.items():
             if stub.endswith("return None") and name in left:
-                wrong = cell.source.replace(stub, stub.replace("return None", WRONG[name]))
-                told = f"try:\n{textwrap.indent(wrong, '    ')}\nexcept AssertionError as error:\n    print('told:', error)"
-                cells.append(nbformat.v4.new_code_cell(told))
+                for number, answer in enumerate(WRONG[name]):
+                    wrong = cell.source.replace(stub, stub.replace("return None", answer))
+                    cells.append(nbformat.v4.new_code_cell(
+                        f"try:\n{textwrap.indent(wrong, '    ')}\n    print('taken: {name} {number}')\n"
+                        "except AssertionError as error:\n    print('refused:', error)"
+                    ))
+                answers += len(WRONG[name])
                 cell.source = cell.source.replace(stub, left.pop(name))
         cells.append(cell)
     notebook.cells = cells
@@ -67,12 +73,30 @@ def test_solutions_pass_and_wrong_answers_are_told_why(path, smoke, tmp_path):
     nbformat.write(notebook, solved)
     given = {"PROFILE": "smoke", "OUT": str(run)}
     done = papermill.execute_notebook(solved, tmp_path / "done.ipynb", given, cwd=reproduce.FOLDER, progress_bar=False)
-    said = "".join(text(done))
-    assert "not attempted" not in said and said.count("correct") == len(solutions)
-    assert len(re.findall("^told: .{10}", said, re.MULTILINE)) == len(solutions)
+    out = "".join(text(done))
+    assert re.findall("^taken: .*", out, re.MULTILINE) == []
+    assert "not attempted" not in out and out.count("correct") == len(solutions)
+    assert len(re.findall("^refused: .{10}", out, re.MULTILINE)) == answers
     if path.stem != "00_follow_the_flow":
         as_it_stands = nbformat.read(run / "notebooks" / f"{path.stem}.ipynb", as_version=4)
-        assert "".join(text(as_it_stands)).count("not attempted") == said.count("correct")
+        assert "".join(text(as_it_stands)).count("not attempted") == out.count("correct")
+
+
+def test_every_exercise_has_a_stub_a_solution_and_a_wrong_answer():
+    solved = {name for path in SOLUTIONS for name in functions(path.read_text(encoding="utf-8"))}
+    notebooks = [nbformat.read(path, as_version=4) for path in reproduce.FOLDER.glob("0*.ipynb")]
+    cells = [cell.source for notebook in notebooks for cell in notebook.cells if cell.cell_type == "code"]
+    stubs = {name for cell in cells for name, stub in functions(cell).items() if stub.endswith("return None")}
+    assert stubs == solved == WRONG.keys()
+
+
+def test_two_draws_are_of_one_model():
+    """Exercise 2 of notebook 07."""
+    notebook = nbformat.read(reproduce.FOLDER / reproduce.COMPARISON, as_version=4)
+    cell, = [cell for cell in notebook.cells if cell.cell_type == "code" and "def changed(" in cell.source]
+    lists = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)
+             and isinstance(node.func, ast.Attribute) and node.func.attr == "lists"]
+    assert len({ast.unparse(call.args[0]) for call in lists}) == 1 and "draw" in cell.source
 
 
 def test_every_notebook_has_exercises_and_solutions_but_the_explorers():

@@ -1,27 +1,42 @@
+"""The explorers draw what the library computes, answer to every control, and say what cannot be."""
+
+import copy
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-from flowerlib import explore, policy
-from tiny_world import TITLES, tiny_world
+from flowerlib.lab import explore
+from flowerlib.model import Catalogue, prompt_texts, tiny_model
+from flowerlib.tree import PackedTree
+from tiny_world import TITLES
 
 
 @pytest.fixture(scope="module")
 def branches():
-    model, catalogue = tiny_world("sequence")
-    trie = catalogue.trie
-    with torch.no_grad():
-        edges = policy.tree_log_probs(model, trie, catalogue.context([0]))
-    labels = [f"t{token}" for token in trie.token.tolist()]
-    counts = torch.arange(1.0, 1 + trie.n_items)
-    return explore.Branches(trie, labels, TITLES, counts, torch.zeros(len(trie.leaves)), {"SFT": edges, "Flower": edges})
+    models = {}
+    for seed, name in enumerate(["SFT", "Flower-KL"]):
+        models[name], tokenizer = tiny_model([*TITLES, *prompt_texts("movie", "sequence")], seed)
+    catalogue = Catalogue.build(tokenizer, TITLES, "movie")
+    counts, log_p = torch.arange(1.0, 1 + len(TITLES)), torch.zeros(len(catalogue.trie.leaves))
+    made = explore.Branches(models, tokenizer, catalogue, [0], counts, log_p)
+    for name, model in models.items():
+        edges = PackedTree(model, catalogue.trie, catalogue.context([0])).log_probs()
+        torch.testing.assert_close(made.log_edges[name], edges)
+    return made
 
 
 def boxes(axes):
     """What stands in the boxes of the tree: label and flow."""
     return [text.get_text().split("\n") for text in axes.texts if "\n" in text.get_text()]
+
+
+def test_labels_are_the_titles_token_by_token(branches):
+    for item, title in enumerate(TITLES):
+        path = branches.trie.paths(branches.trie.leaf[item : item + 1])[0]
+        assert "".join(branches.labels[node] for node in path[path >= 0]) == title + "⊤"
 
 
 def test_what_the_branch_leaves_out_stands_as_others(branches):
@@ -33,21 +48,33 @@ def test_what_the_branch_leaves_out_stands_as_others(branches):
     log_flow, _ = branches.flows(1, 1, 1)
     assert flows[branches.labels[first]] == pytest.approx(float(log_flow[first].exp()), rel=0.01)
     assert sum(flow for label, flow in flows.items() if "others" in label) < 1
-    assert {text.get_text() for text in choice.get_legend().get_texts()} == {"reward r", "SFT (π)", "Flower (π)"}
+    assert {text.get_text() for text in choice.get_legend().get_texts()} == {"reward r", "SFT (π)", "Flower-KL (π)"}
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_what_flows_into_a_node_of_the_branch_flows_out(branches, depth, monkeypatch):
+    seen = []
+    monkeypatch.setattr(explore.plots, "flow_tree", lambda *args, **more: seen.extend(args[1:4]))
+    explore.draw_branch(Figure(), branches, TITLES[1], depth, alpha=1, beta=1, smoothing=1, n=1)
+    parent, labels, flow = map(np.array, seen)
+    assert labels[0] == "start" and flow[0] == pytest.approx(1)
+    inner = sorted(set(parent[1:]))
+    assert len(inner) == depth + 1
+    assert {"start", *(branches.labels[node] for node in branches.way(TITLES[1], depth)[1:])} == set(labels[inner])
+    np.testing.assert_allclose([flow[parent == node].sum() for node in inner], flow[inner], rtol=1e-6)
 
 
 def test_rewards_of_the_sliders_are_the_librarys(branches):
     log_flow, log_r = branches.flows(alpha=2, beta=0, smoothing=3)
-    share = (branches.counts + 3) ** 2
     leaves = branches.trie.leaves
-    by_leaf = torch.zeros(len(leaves)).index_add(0, branches.trie.item_leaf, share)
-    if len(set(TITLES)) == len(TITLES):  # equal titles share differently: (a + b) ** 2
-        torch.testing.assert_close(log_flow[leaves].exp().float(), by_leaf / by_leaf.sum())
+    by_leaf = torch.zeros(len(leaves)).index_add(0, branches.trie.item_leaf, branches.counts)
+    share = (by_leaf + 3) ** 2  # equal titles are one: their counts add up before the power
+    torch.testing.assert_close(log_flow[leaves].exp().float(), share / share.sum())
     assert log_flow[0] == pytest.approx(0)
     torch.testing.assert_close(log_r[1:], (log_flow - log_flow[branches.trie.parent])[1:])
 
 
-def test_a_beginning_is_enough_and_a_wrong_one_is_told(branches):
+def test_a_beginning_is_enough_and_a_wrong_one_is_said(branches):
     assert branches.way(TITLES[0][:3].upper(), 2) == branches.way(TITLES[0], 2)
     assert len(branches.way(TITLES[0], 99)) == int(branches.trie.depth[branches.trie.leaf[0]])
     box = explore.tree(branches, TITLES[0])
@@ -58,44 +85,52 @@ def test_a_beginning_is_enough_and_a_wrong_one_is_told(branches):
     assert not box.children[2].value and box.children[1].layout.display is None
 
 
-@pytest.mark.parametrize("name", ["depth", "alpha", "beta", "smoothing"])
-def test_every_slider_changes_the_picture(branches, name):
-    liked = explore.Branches(**{**vars(branches), "log_p": torch.linspace(-3, 0, len(branches.trie.leaves))})
-    box = explore.tree(liked, TITLES[0])
-    before, slider = box.children[1].value, box.children[0].children[["depth", "alpha", "beta", "smoothing"].index(name) + 1]
+@pytest.mark.parametrize("place, name", [(1, "depth"), (2, "alpha"), (3, "beta"), (4, "smoothing")])
+def test_every_slider_changes_the_picture(branches, place, name):
+    picky = copy.copy(branches)
+    picky.log_p = torch.linspace(-3, 0, len(branches.trie.leaves))
+    box = explore.tree(picky, TITLES[0])
+    before, slider = box.children[1].value, box.children[0].children[place]
     slider.value = slider.value + 1
-    assert box.children[1].value != before
+    assert box.children[1].value != before, name
 
 
 COUNTS = {"Heat": 6, "Heat Wave": 1, "Fargo": 3}
 
 
 def test_a_few_titles_are_learnt_before_ones_eyes():
-    moments = []
-    explore.fit_few(COUNTS, "exact_ce", "reward", 1_500, moments.append)
-    assert len(moments) > 5 and [m.log.step.iloc[-1] for m in moments] == moments[-1].log.step.tolist()
-    np.testing.assert_allclose(moments[-1].target, [0.6, 0.1, 0.3])
-    assert np.abs(moments[-1].model - moments[-1].target).max() < 0.05 < np.abs(moments[0].model - moments[0].target).max()
-    explore.draw_fitted(figure := Figure(), moments[-1])
-    assert len(figure.axes) == 2
+    logs = []
+    explore.fit_few(COUNTS, "exact_ce", "reward", 1_500, logs.append)
+    assert len(logs) > 5 and [log.step.iloc[-1] for log in logs] == logs[-1].step.tolist()
+    target, first, last = np.array([0.6, 0.1, 0.3]), logs[0].model.iloc[-1], logs[-1].model.iloc[-1]
+    assert np.abs(last - target).max() < 0.05 < np.abs(first - target).max()
+    assert last.sum() == pytest.approx(1)
+    explore.draw_fitted(figure := Figure(), COUNTS, "exact_ce", logs[-1])
+    left, right = figure.axes
+    widths = [bar.get_width() for bar in left.patches]
+    np.testing.assert_allclose(widths, [0.6, 0.3, 0.1, *last[[0, 2, 1]]])
+    np.testing.assert_allclose(right.lines[0].get_ydata(), logs[-1].kl_target_model)
 
 
 def test_the_button_trains_and_says_what_cannot_be():
     box = explore.training(COUNTS)
-    (loss, paths), budget, button, said, picture = box.children[0].children, *box.children[1:]
+    loss, paths, budget, button = box.children[0].children
+    picture, said = box.children[1:]
     loss.value, paths.value = "sft", "policy"
+    assert not picture.value and not said.value  # values alone do not train
     button.click()
     assert "would not aim at the reward" in said.value and not button.disabled and not picture.value
     paths.value, budget.value = "reward", 1_000
     button.click()
-    assert said.value == "" and bytes(picture.value[:4]) == b"\x89PNG"
+    assert said.value == "" and bytes(picture.value[:4]) == b"\x89PNG" and picture.layout.display is None
+    assert not button.disabled and button.description == "run"
 
 
 @pytest.fixture
 def slots():
     rows = [("SFT", "beam", 0, 1, "a", True), ("SFT", "beam", 0, 2, "b", False), ("SFT", "beam", 1, 1, "a", False),
-            ("SFT", "beam", 1, 2, "c", True), ("Popularity", "top", 0, 1, "a", True), ("Popularity", "top", 1, 1, "a", False),
-            ("SFT", "beam_normalised", 0, 1, "c", False)]
+            ("SFT", "beam", 1, 2, "c", True), ("Popularity", "top", 0, 1, "a", True),
+            ("Popularity", "top", 1, 1, "a", False), ("SFT", "beam_normalised", 0, 1, "c", False)]
     return pd.DataFrame(rows, columns=["method", "decoding", "user", "place", "title", "hit"])
 
 
@@ -104,10 +139,12 @@ def test_popularity_by_hand(slots):
     table = explore.draw_popularity(Figure(), slots, counts, ["SFT", "Popularity"], "beam", 2)
     assert table.loc["SFT", ["hr@2", "ndcg@2", "distinct"]].tolist() == [1.0, round((1 + 1 / np.log2(3)) / 2, 3), 3]
     assert table.loc["Popularity", ["hr@2", "distinct"]].tolist() == [0.5, 1]
+    gu = np.array([1, 0, 0, 0, 0, 0, 0, 0]) - counts.to_numpy() / counts.sum()  # a title a group
+    assert table.loc["Popularity", ["dgu", "mgu"]].tolist() == [round(np.ptp(gu), 3), round(np.abs(gu).mean(), 3)]
     first = explore.draw_popularity(Figure(), slots, counts, ["SFT"], "beam", 1)
     assert first.loc["SFT", "hr@1"] == 0.5
     own = explore.draw_popularity(Figure(), slots, counts, [], "beam", 2, {"shop": pd.Series(["d", "d", "a"])})
-    assert own.loc["shop", "distinct"] == 2
+    assert own.loc["shop", "distinct"] == 2 and "hr@2" not in own
     with pytest.raises(ValueError, match="choose a method"):
         explore.draw_popularity(Figure(), slots, counts, [], "beam", 2)
 

@@ -7,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowerlib.losses import FLOOR_LOG_REWARD, modified_subtb_loss, node_kl_loss, sft_loss, subtb_loss
+from flowerlib.losses import (
+    FLOOR_LOG_REWARD, FLOW_LOSSES, Paths, divergence_loss, flow_loss, modified_subtb_loss, sft_loss, subtb_loss,
+    trajectory_balance_loss,
+)
 from flowerlib.trie import TitleTrie
 
 END = 0
@@ -31,11 +34,11 @@ def batch_of(lengths, seed, extra=0):
     return [*(randn(*mask.shape, seed=seed + i) for i in range(4)), mask]
 
 
-def flow_loss(log_pf, log_pterm, log_r, log_r_term, mask, lam):
+def plain_loss(log_pf, log_pterm, log_r, log_r_term, mask, lam):
     return subtb_loss(log_pf, log_r, mask, lam)
 
 
-losses = pytest.mark.parametrize("loss", [flow_loss, modified_subtb_loss])
+losses = pytest.mark.parametrize("loss", [plain_loss, modified_subtb_loss])
 
 
 # against naive references
@@ -67,7 +70,7 @@ def naive_modified(log_pf, log_pterm, log_r, log_r_term, lengths, lam):
     return naive_mean(rows, lam)
 
 
-@pytest.mark.parametrize(("loss", "naive"), [(flow_loss, naive_subtb), (modified_subtb_loss, naive_modified)])
+@pytest.mark.parametrize(("loss", "naive"), [(plain_loss, naive_subtb), (modified_subtb_loss, naive_modified)])
 @prove
 @given(lengths=lengths, lam=lams, seed=seeds)
 def test_losses_equal_double_loops(loss, naive, lengths, lam, seed):
@@ -320,16 +323,16 @@ def test_modified_subtb_refuses_a_batch_of_terminators():
 
 @prove
 @given(seeds)
-def test_node_kl_is_the_mean_divergence_of_the_states_and_vanishes_at_the_rewards(seed):
+def test_the_divergence_is_the_mean_of_the_states_and_vanishes_at_the_rewards(seed):
     """States with two and three children; π keeps some mass off the tree."""
     log_r = torch.cat([randn(2, seed=seed).log_softmax(0), randn(3, seed=seed + 1).log_softmax(0)])
     log_pf = torch.cat([randn(3, seed=seed + 2).log_softmax(0)[:2], randn(4, seed=seed + 3).log_softmax(0)[:3]])
     by_hand = sum(math.exp(r) * (r - p) for r, p in zip(log_r.tolist(), log_pf.tolist())) / 2
-    assert node_kl_loss(log_pf, log_r, 2).item() == pytest.approx(by_hand)
-    assert by_hand > 0 and node_kl_loss(log_r, log_r, 2) == 0
+    assert divergence_loss(log_pf, log_r, 2).item() == pytest.approx(by_hand)
+    assert by_hand > 0 and divergence_loss(log_r, log_r, 2) == 0
 
 
-def test_node_kl_along_drawn_paths_estimates_the_divergence_of_whole_titles():
+def test_the_divergence_along_drawn_paths_estimates_the_divergence_of_whole_titles():
     """Chain rule: the expectation of its sum along a path drawn from the reward is KL(R/Z ‖ π), by enumeration."""
     trie = TitleTrie.from_sequences([(1, 2, END), (1, 3, 3, END), (2, END), (1, 2, 2, END)])
     log_r = trie.log_token_rewards(torch.tensor([1.0, 4.0, 2.0, 0.5]).log().double())
@@ -339,5 +342,61 @@ def test_node_kl_along_drawn_paths_estimates_the_divergence_of_whole_titles():
     for leaf, path in enumerate(trie.paths(trie.leaves)):
         path = path[path >= 0]
         _, children = trie.children(trie.parent[path])
-        total += share[leaf].exp() * node_kl_loss(log_pi[children], log_r[children], 1)
+        total += share[leaf].exp() * divergence_loss(log_pi[children], log_r[children], 1)
     torch.testing.assert_close(total, (share.exp() * (share - model)).sum())
+
+
+@prove
+@given(seeds)
+def test_visits_weigh_the_states(seed):
+    """States with two and three children, visited twice and five times, are seven states visited once."""
+    log_r = torch.cat([randn(2, seed=seed).log_softmax(0), randn(3, seed=seed + 1).log_softmax(0)])
+    log_pf = torch.cat([randn(2, seed=seed + 2).log_softmax(0), randn(3, seed=seed + 3).log_softmax(0)])
+    visits = torch.tensor([2, 2, 5, 5, 5])
+    repeated = [torch.cat([x[:2]] * 2 + [x[2:]] * 5) for x in (log_pf, log_r)]
+    torch.testing.assert_close(divergence_loss(log_pf, log_r, 7, visits), divergence_loss(*repeated, 7))
+
+
+def test_the_gradient_of_the_divergence():
+    log_r, visits = randn(5, seed=1).log_softmax(0), torch.tensor([1.0, 1, 2, 2, 2]).double()
+    assert torch.autograd.gradcheck(lambda x: divergence_loss(x, log_r, 3, visits), randn(5).requires_grad_())
+
+
+def test_weights_stand_inside_the_mean_over_tokens():
+    log_pf = torch.tensor([-1.0, -2.0, -4.0])
+    weight = torch.tensor([3.0, 0.0, 9.0])
+    assert float(sft_loss(log_pf, torch.tensor([True, True, False]), weight)) == pytest.approx((3 * 1 + 0 * 2) / 2)
+
+
+# by name
+
+
+@prove
+@given(lengths=lengths, lam=lams, seed=seeds)
+def test_flow_loss_calls_the_loss_that_it_names(lengths, lam, seed):
+    *inputs, mask = batch_of([2, *lengths], seed)
+    log_pf, log_end, log_r, log_end_r = inputs
+    edges, states = randn(6, seed=seed).log_softmax(0), randn(6, seed=seed + 9).log_softmax(0)
+    visits = torch.arange(1.0, 7).double()
+    paths = Paths(mask, log_pf, log_r, edges, states, visits, 4, log_end, log_end_r)
+    expected = {
+        "subtb": subtb_loss(log_pf, log_r, mask, lam), "tb": trajectory_balance_loss(log_pf, log_r, mask),
+        "db": subtb_loss(log_pf, log_r, mask, 0.0),
+        "modified_subtb": modified_subtb_loss(log_pf, log_end, log_r, log_end_r, mask, lam),
+        "divergence": divergence_loss(edges, states, 4, visits),
+    }
+    assert set(expected) == set(FLOW_LOSSES)
+    for name, value in expected.items():
+        assert flow_loss(name, paths, lam) == value
+    assert len({float(value) for name, value in expected.items() if name != "divergence"}) > 1
+
+
+def test_flow_losses_ask_for_what_they_read_alone():
+    mask, zeros = torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2)
+    assert flow_loss("subtb", Paths(mask, zeros, zeros)) == 0
+    assert flow_loss("divergence", Paths(mask, edge_log_pf=zeros[0], edge_log_r=zeros[0])) == 0
+
+
+def test_an_unknown_flow_loss_is_refused():
+    with pytest.raises(ValueError, match="'ppo' is no flow loss: choose one of subtb, tb, db, mod.*, divergence"):
+        flow_loss("ppo", Paths(torch.ones(1, 1, dtype=torch.bool)))

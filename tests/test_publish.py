@@ -1,10 +1,12 @@
+"""What goes from a run into the repository: outputs, files, tables; and that the pages say what the files hold."""
+
 import json
 import re
 
 import nbformat
 import pytest
 
-from flowerlib import publish, reproduce, runs, tables
+from flowerlib.lab import publish, reproduce, runs, store
 
 
 def notebook(*cells):
@@ -29,42 +31,114 @@ def test_outputs_come_over_without_noise_and_injected_parameters(tmp_path):
         publish.copy_outputs(executed, source)
 
 
-def test_tables_by_hand(tmp_path):
-    row = {"method": "SFT", "decoding": "beam_normalised", "seen": "excluded", "mgu": 0.05, "h_bits": 7.123, "ttr": 0.1,
-           "distinct": 20.0, "gini": 0.9, "ndcg@1": 0.1}
-    row |= {f"{name}{end}": v for name in ("hr@10", "ndcg@10", "dgu") for end, v in (("", 0.2), ("_lo", 0.1), ("_hi", 0.3))}
-    runs.write_results(tmp_path / "r.json", [row | {"method": "Flower"}, row], {})
-    lines = tables.comparison_table(tmp_path / "r.json").splitlines()
-    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
-    assert lines[2] == ("| beam, length-normalised, excluded | SFT | 0.200 [0.100, 0.300] | 0.200 [0.100, 0.300] | "
-                        "0.200 [0.100, 0.300] | 0.050 | 7.12 | 0.100 | 20 | 0.900 |")
-    assert "Flower" in lines[3]
-    fit = {"n_titles": 100, "target": "counts", "method": "sft", "paths": "reward", "budget": 9, "kl_model_target": 0.1,
-           "js": 0.01, "catalogue_mass": 0.98765, "forward_tokens": 24010, "seconds": 61.7}
-    fits = [fit | {"kl_target_model": kl} for kl in (0.3, 0.1, 0.2)] + [fit | {"method": "subtb", "kl_target_model": 0.05}]
-    runs.write_results(tmp_path / "f.json", fits, {})
-    assert tables.fit_table(tmp_path / "f.json").splitlines()[2:] == [
-        "| 100, counts | Flower (SubTB) | 0.05 | one seed | 0.1 | 0.01 | 0.988 | 24,010 | 62 |",
-        "| 100, counts | SFT | 0.2 | 0.1, 0.3 | 0.1 | 0.01 | 0.988 | 24,010 | 62 |"]
-    entry = {"seconds": 10.4, "peak_mb_so_far": 1500, "matmul_1024_seconds": 0.01}
-    runs.write_json(tmp_path / "t.json", dict.fromkeys(reproduce.NOTEBOOKS, entry))
-    assert tables.timing_table(tmp_path / "t.json", reproduce.NOTEBOOKS).splitlines()[-1] == "| **together** | **42** | peak memory 1.5 GB |"
-    assert publish.between("a\n<!-- x -->\nold\n<!-- /x -->\nb", "x", "new") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
+def test_each_table_goes_to_its_mark_and_the_seconds_to_their_notebook():
+    marks = "".join(f"<!-- {mark} -->\nold\n<!-- /{mark} -->\n" for mark in ("results", "speed"))
+    page = f"a\n{marks}b\n| [`02_train_sft`](02_train_sft.ipynb) | tune | 9 |\n| `no_such` | x | 9 |\n"
+    new = publish.filled(page)
+    assert "old" not in new and new.startswith("a\n<!-- results -->\n| method ") and "<!-- comparison -->" not in new
+    assert new.count("\n<!-- /results -->\n<!-- speed -->\n| ours / the other way ") == 1
+    seconds = store.read_json(publish.FIGURES / "timings_smoke.json")["02_train_sft.ipynb"]["seconds"]
+    assert new.endswith(f"b\n| [`02_train_sft`](02_train_sft.ipynb) | tune | {seconds:.0f} |\n| `no_such` | x | 9 |\n")
+    assert publish.filled(new) == new
+    short = new.split("<!-- /results -->")[0].splitlines()[4:]
+    assert 6 <= len(short) <= 9 and sum("| Preference " in line for line in short) == 1
 
 
-def test_the_readme_states_what_the_results_files_hold():
-    text = publish.README.read_text(encoding="utf-8")
-    written = {"comparison": tables.comparison_table(publish.FIGURES / "04_bias_and_diversity.json"),
-              "timings": tables.timing_table(publish.FIGURES / "timings.json", reproduce.NOTEBOOKS),
-              "fit": tables.fit_table(publish.FIGURES / "05_fit_a_known_distribution.json"),
-              "next": tables.next_table(publish.FIGURES / "07_which_title_next.json"),
-              "speed": tables.speed_table(publish.FIGURES / "08_bench.json")}
-    for mark, table in written.items():
-        assert publish.between(text, mark, table) == text
-    assert publish.with_run_times(text, publish.FIGURES / "timings_smoke.json") == text
-    assert not re.search(r"\bT\d\d\b|[A-Z]+-[A-Z]+-TEXT", text), "a place that waits for a number"
-    for name in re.findall(r"figures/[\w.]+", text):
-        assert (runs.ROOT / name).is_file(), name
-    profiles = {json.loads(path.read_text())["provenance"]["settings"]["profile"]
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A repository of one notebook and one page, and a `reproduce` that leaves what the real one leaves."""
+    folders = {name: tmp_path / name for name in ("runs", "figures", "notebooks")}
+    for folder in folders.values():
+        folder.mkdir()
+    page = tmp_path / "README.md"
+    page.write_text("# x\n")
+    for name in publish.ONE_RUN:
+        nbformat.write(notebook(("1", {})), folders["notebooks"] / name)
+    calls = []
+
+    def fake(profile, out, overrides, only):
+        calls.append((profile, out, tuple(only)))
+        folder = folders["runs"] / out
+        for name in ("notebooks", "figures", "results"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / "timings.json").write_text(f'{{"profile": "{profile}"}}')
+        for name in only:
+            nbformat.write(notebook(("1", {"execution_count": 1})), folder / "notebooks" / name)
+            (folder / "figures" / f"{name[:2]}_a.png").write_text(profile)
+            (folder / "results" / f"{name[:2]}_a.json").write_text(profile)
+
+    monkeypatch.setattr(publish, "reproduce", fake)
+    monkeypatch.setattr(publish, "RUNS", folders["runs"])
+    monkeypatch.setattr(publish, "FIGURES", folders["figures"])
+    monkeypatch.setattr(publish, "FOLDER", folders["notebooks"])
+    monkeypatch.setattr(publish, "PAGES", (page,))
+    monkeypatch.setattr(publish, "BENCH", folders["runs"] / "bench.json")
+    monkeypatch.setattr(publish, "filled", lambda text: text + "filled\n")
+    return tmp_path, calls
+
+
+def run(monkeypatch, *names):
+    monkeypatch.setattr("sys.argv", ["publish", *names])
+    publish.main()
+
+
+def test_publishing_from_scratch_moves_finished_runs_aside(house, monkeypatch, capsys):
+    root, calls = house
+    for name in ("publish", "quick"):
+        (root / "runs" / name).mkdir()
+        (root / "runs" / name / "work").write_text("hours")
+    run(monkeypatch)
+    aside = [path for path in (root / "runs").iterdir() if (path / "work").exists()]
+    assert sorted(re.sub(r"-\d{4}-\d\d-\d\d-\d{6}$", "", path.name) for path in aside) == ["publish", "quick"]
+    assert not {path.name for path in aside} & {"publish", "quick"}
+    said = capsys.readouterr().out
+    assert all(f"the last run is now in {path}" in said for path in aside)
+    assert [profile for profile, *_ in calls] == ["smoke", "laptop"] and calls[1][2] == publish.ONE_RUN
+    figures = root / "figures"
+    assert {path.name for path in figures.glob("*.png")} == {f"{name[:2]}_a.png" for name in publish.ONE_RUN}
+    assert (figures / "04_a.json").read_text() == "laptop"
+    assert json.loads((figures / "timings.json").read_text())["profile"] == "laptop"
+    assert json.loads((figures / "timings_smoke.json").read_text())["profile"] == "smoke"
+    assert (root / "README.md").read_text() == "# x\nfilled\n"
+
+
+def test_one_notebook_alone_takes_up_the_last_run(house, monkeypatch):
+    root, calls = house
+    (root / "runs" / "publish").mkdir()
+    (root / "runs" / "publish" / "work").write_text("hours")
+    run(monkeypatch, reproduce.NOTEBOOKS[3])
+    assert (root / "runs" / "publish" / "work").exists()
+    assert calls == [("laptop", str(root / "runs" / "publish"), reproduce.NOTEBOOKS[3:])]
+    assert not (root / "figures" / "timings.json").exists()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, reproduce.SPEED)  # bench.json is missing
+    assert len(calls) == 1
+
+
+def test_the_pages_state_what_the_results_files_hold():
+    texts = {page: page.read_text(encoding="utf-8") for page in publish.PAGES}
+    for page, text in texts.items():
+        assert publish.filled(text) == text, page
+        assert not re.search(r"\bT\d\d\b|[A-Z]+-[A-Z]+-TEXT", text), f"{page}: a place that waits for a number"
+    marks = re.findall(r"<!-- (\w+) -->\n", "".join(texts.values()))
+    assert sorted(marks) == ["comparison", "fit", "next", "results", "speed", "timings"]
+    for name in store.read_json(publish.FIGURES / "timings_smoke.json"):
+        line = rf"(?m)^\| \[?`{name.removesuffix('.ipynb')}`.*\| \d+ \|$"
+        assert len(re.findall(line, texts[publish.FOLDER / "README.md"])) == 1, name
+    profiles = {store.read_json(path)["provenance"]["settings"]["profile"]
                 for path in publish.FIGURES.glob("0*.json") if path.name[:2] != "00" and path.name != "08_bench.json"}
     assert profiles == {"laptop"}
+
+
+def test_what_the_pages_name_is_there():
+    for page in publish.PAGES:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            assert "://" in target or (page.parent / target).exists(), f"{page}: {target}"
+        for name in re.findall(r"(?<![\w/])figures/([\w.]+)", text) + re.findall(r"\b\d\d_\w+\.(?:png|json)\b", text):
+            assert (publish.FIGURES / name).is_file(), f"{page}: {name}"
+
+
+def test_the_committed_results_use_the_methods_names():
+    for path in publish.FIGURES.glob("0[147]_*.json"):
+        assert {row["method"] for row in runs.read_results(path) if "method" in row} <= set(runs.METHODS), path

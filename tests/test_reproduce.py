@@ -1,53 +1,84 @@
+"""Runs of the notebooks: what changed runs again, what did not is skipped, and nothing is trained twice."""
+
 import json
-import re
+import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 
+import pandas as pd
 import pytest
 
-from flowerlib import comparison, decoding, launch, report, reproduce, runs, study
+from flowerlib.lab import launch, reproduce, runs, store, training
+from flowerlib.lab.preference import Trainer
+from flowerlib.tree import recommend
+
+PREPARE, SFT, FLOWER, MEASURE = reproduce.NOTEBOOKS
 
 
-def test_smoke_leaves_results_figures_and_pages(smoke):
-    for name in reproduce.NOTEBOOKS:
-        stem = name.removesuffix(".ipynb")
-        source = json.loads((smoke / "results" / f"{stem}.json").read_text())["provenance"]
-        assert source["settings"]["profile"] == "smoke"
-    page = report.report(smoke).read_text(encoding="utf-8")
-    assert all(f'<h1 id="{n}-' in page for n in ("01", "02", "03", "04"))
-    assert "step/s" not in page
-    table = report.comparison(smoke)
-    assert {"Popularity", "SFT", "Flower"} == set(table.index.get_level_values("method"))
+@pytest.fixture
+def copy(smoke, tmp_path):
+    """A run of its own, to be changed."""
+    return shutil.copytree(smoke, tmp_path / "run")
+
+
+@pytest.fixture
+def dry(monkeypatch, tmp_path):
+    """An empty run whose notebooks are only noted, with what they are given, and leave a result."""
+    ran = []
+
+    def noted(name, given, folder):
+        ran.append((name[:2], given))
+        for path in (folder / "notebooks" / name, folder / "results" / f"{name[:2]}_a.json"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(given))
+        return 1.0
+
+    monkeypatch.setattr(reproduce, "_run", noted)
+
+    def run(overrides={}, only=reproduce.NOTEBOOKS, **more):
+        ran.clear()
+        reproduce.reproduce("smoke", str(tmp_path / "dry"), overrides, only, **more)
+        return [name for name, _ in ran]
+
+    run.given = ran
+    return run
+
+
+def trained(folder):
+    """Every finished training → its record, and when that was written."""
+    return {path.parent: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*/*/made.json")}
+
+
+def forbid_training(monkeypatch):
+    for trainer in (training.FlowerTrainer, Trainer):
+        monkeypatch.setattr(trainer, "train", lambda self, *args, **kwargs: pytest.fail("was trained again"))
+
+
+# Whole runs
+
+
+def test_smoke_leaves_results_and_figures(smoke):
+    for name in (*reproduce.NOTEBOOKS, reproduce.FIT, reproduce.CURVES, reproduce.COMPARISON):
+        document = runs.read_document(smoke / "results" / name.replace(".ipynb", ".json"))
+        assert document["rows"] and document["provenance"]["settings"]["profile"] == "smoke"
+        assert {"versions", "device", "commit", "seconds", "made_at", "bfloat16"} <= document["provenance"].keys()
+    rows = runs.read_results(smoke / "results" / MEASURE.replace(".ipynb", ".json"))
+    assert {row["method"] for row in rows} == {"Popularity", "SFT", "Flower-KL"} and len(rows) == 7
     assert len(list((smoke / "figures").glob("*.png"))) >= 5
+    assert len(list((smoke / "preference").iterdir())) == 1
+    methods = {folder.name.rsplit("-", 1)[0] for folder in trained(smoke)}
+    assert methods == {"p_ui", "SFT", "Flower", "Flower-KL"}
+    assert not list(smoke.glob("*/*/checkpoints"))
 
 
-def test_the_report_needs_no_network_and_says_what_its_pictures_show(smoke):
-    page = report.report(smoke).read_text(encoding="utf-8")
-    assert not re.search(r"<(script|link|img)[^>]+(src|href)=.https?:", page) and "import(" not in page
-    alts = re.findall(r"<img[^>]*?alt=\"(.*?)\"", page, re.DOTALL)
-    assert len(alts) == page.count("<img") > 5 and all(len(alt) > 10 for alt in alts)
-    assert "<math" in page and "$$" not in page
-    assert "Settings and provenance" in page
-
-
-def test_formulas_and_prices():
-    said = report.FORMULA.sub(report._mathml, "for $5 or $6, and $x^2$ of\n$$F(s) = \\sum_i R(i)$$")
-    assert said.startswith("for $5 or $6, and <math") and said.count("<math") == 2 and 'display="block"' in said
-    for kept in ("`PRICE=$x$`", "```\necho $HOME$\n```", "$\\left($"):
-        assert report.FORMULA.sub(report._mathml, kept) == kept
-
-
-def test_a_report_of_a_notebook_that_stopped(smoke, tmp_path):
-    folder = shutil.copytree(smoke, tmp_path / "run")
-    with pytest.raises(reproduce.NotebookError):
-        reproduce.reproduce("smoke", str(folder), {"tuned_layers": 9}, reproduce.NOTEBOOKS[1:2])
-    page = report.report(folder).read_text(encoding="utf-8")
-    assert "was encountered" not in page.split("01 · ")[0] and page.count("This notebook stopped with an error") == 1
-    (folder / "results" / "01_prepare_the_data.json").write_text("{}")
-    with pytest.raises(ValueError, match="01_prepare_the_data.json is damaged: remove it"):
-        report.report(folder)
+def test_timings_name_every_notebook(smoke):
+    timings = store.read_json(smoke / "timings.json")
+    assert timings.keys() == {*reproduce.NOTEBOOKS, *reproduce.STUDIES}
+    assert all(entry["seconds"] > 0 and entry["matmul_1024_seconds"] > 0 for entry in timings.values())
+    for name in timings:
+        record = store.read_json(smoke / "notebooks" / name.replace(".ipynb", ".json"))
+        assert record["provenance"]["seconds"] == timings[name]["seconds"]
 
 
 def test_nothing_changed_nothing_runs(smoke, capsys):
@@ -55,112 +86,256 @@ def test_nothing_changed_nothing_runs(smoke, capsys):
     assert capsys.readouterr().out.count("skipped") == len(reproduce.NOTEBOOKS)
 
 
+@pytest.mark.parametrize("name", [*reproduce.NOTEBOOKS, *reproduce.STUDIES])
+def test_one_notebook_after_a_whole_run_does_nothing(smoke, capsys, monkeypatch, name):
+    monkeypatch.setattr(reproduce, "_run", lambda *args: pytest.fail("ran again"))
+    reproduce.reproduce("smoke", str(smoke), {}, [name])
+    assert capsys.readouterr().out == f"{name}: unchanged since its last complete run, skipped\n"
+
+
+def test_the_command_prints_the_table_and_where_all_lies(smoke):
+    command = [sys.executable, "-m", "flowerlib.lab.reproduce", "--profile", "smoke", "--out", str(smoke),
+               "--only", "04_bias_and_diversity"]
+    done = subprocess.run(command, cwd=store.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "skipped" in done.stdout and "Profile smoke" in done.stdout
+    assert all(method in done.stdout for method in ("Popularity", "SFT", "Flower-KL"))
+    assert f"report: {smoke / 'report.html'}" in done.stdout and f"results: {smoke / 'results'}" in done.stdout
+
+
 def test_the_same_seed_gives_the_same_results_but_for_times(smoke, tmp_path):
     again = reproduce.reproduce("smoke", str(tmp_path), {}, (*reproduce.NOTEBOOKS, *reproduce.STUDIES))
     results = {path for path in (smoke / "results").glob("*.json") if path.stem not in reproduce.SPEED}  # times alone
     assert len(results) > 6
     for path in sorted(results):
-        first, second = (
-            [line for line in (folder / "results" / path.name).read_text().splitlines() if "seconds" not in line]
-            for folder in (smoke, again)
-        )
-        assert first == second
+        first, second = (runs.read_document(folder / "results" / path.name) for folder in (smoke, again))
+        for document in (first, second):
+            for part in (document["provenance"], *document["rows"]):
+                for key in [key for key in part if "seconds" in key or key == "made_at"]:
+                    del part[key]
+        assert first == second, path.name
+    assert {path.name for path in trained(smoke)} == {path.name for path in trained(again)}
+
+
+# What runs again
+
+
+def test_what_a_notebook_is_given_decides_whether_it_runs(dry):
+    assert dry() == ["01", "02", "03", "04"] and dry() == []
+    assert dry({"theta": 0.5}) == ["03", "04"]  # 04 reads what 03 leaves
+    assert dry.given[0][1]["theta"] == 0.5 and "theta" not in dry.given[1][1]
+    assert dry({"theta": 0.5}) == [] and dry() == ["03", "04"]
+    assert dry({"n_beams": 3}) == ["04"]
+    assert dry({"seed": 1}, [PREPARE, reproduce.FIT]) == ["01", "05"]  # every notebook that has the name
+    assert dry({"sweep": [[0, 0.5]]}, [reproduce.COMPARISON]) == ["07"]
+    assert dry.given[0][1]["sweep"] == [[0, 0.5]] and dry({"sweep": [[0, 0.5]]}, [reproduce.COMPARISON]) == []
+
+
+def test_what_another_notebook_has_left_is_read_anew(dry, tmp_path):
+    everything = (*reproduce.NOTEBOOKS, *reproduce.STUDIES)
+    assert dry(only=everything) == ["01", "02", "03", "04", "05", "06", "07", "08", "09"] and dry(only=everything) == []
+    for name, readers in (("01", ["01", "02", "03", "04", "07", "09"]), ("02", ["02", "03", "04", "09"]),
+                          ("03", ["03", "04", "09"]), ("04", ["04", "09"]), ("05", ["05"]), ("07", ["07", "09"])):
+        path = tmp_path / "dry" / "results" / f"{name}_a.json"
+        path.write_text("changed by hand")
+        ran = dry(only=everything)
+        assert ran[0] == name  # made again as it was, so that its readers see no change
+        assert ran == [name]
+        (tmp_path / "dry" / "results" / f"{name}_b.json").write_text("more than it left")
+        assert dry(only=[other for other in everything if other[:2] != name]) == readers[1:]
+        (tmp_path / "dry" / "results" / f"{name}_b.json").unlink()
+        dry(only=everything)
+
+
+def test_files_that_are_brought_are_looked_at(dry, tmp_path):
+    table = tmp_path / "counts.csv"
+    table.write_text("title,count\nHeat,3\nFargo,4\n")
+    given = {"counts_path": str(table)}
+    assert dry(given, [reproduce.FIT]) == ["05"] and dry(given, [reproduce.FIT]) == []
+    table.write_text("title,count\nHeat,3\nFargo,40\n")
+    assert dry(given, [reproduce.FIT]) == ["05"] and dry(given, [reproduce.FIT]) == []
+
+
+def test_a_changed_cell_or_a_changed_comment_in_the_library_runs_again(dry, tmp_path, monkeypatch):
+    house = tmp_path / "house"
+    shutil.copytree(store.ROOT / "flowerlib", house / "flowerlib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(reproduce.FOLDER, house / "notebooks")
+    monkeypatch.setattr(reproduce, "__file__", str(house / "flowerlib" / "lab" / "reproduce.py"))
+    monkeypatch.setattr(reproduce, "FOLDER", house / "notebooks")
+    assert dry() == ["01", "02", "03", "04"] and dry() == []
+    notebook = json.loads((house / "notebooks" / SFT).read_text(encoding="utf-8"))
+    words = next(cell for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+    words["source"] = "# Other words"
+    (house / "notebooks" / SFT).write_text(json.dumps(notebook), encoding="utf-8")
+    assert dry() == []
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"][-1]
+    code["source"] = "".join(code["source"]) + "\n# a remark"
+    (house / "notebooks" / SFT).write_text(json.dumps(notebook), encoding="utf-8")
+    assert dry() == ["02"]  # whose results are the same, so that 03 and 04 read what they have read
+    for room in ("losses.py", "lab/plots.py"):
+        with open(house / "flowerlib" / room, "a", encoding="utf-8") as file:
+            file.write("# a remark\n")
+        assert dry() == ["01", "02", "03", "04"] and dry() == []
+
+
+def test_a_whole_house_with_a_changed_docstring_trains_nothing_again(copy, tmp_path):
+    """Notebooks 01 to 03 run with the other library; they take what is trained, and say that another commit made it."""
+    house = tmp_path / "house"
+    shutil.copytree(store.ROOT / "flowerlib", house / "flowerlib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(reproduce.FOLDER, house / "notebooks")
+    (house / "data").symlink_to(store.ROOT / "data")
+    for path in (house / "flowerlib").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace('"""', '"""Other words. ', 1) + "# a remark\n", encoding="utf-8")
+    before = trained(copy)
+    only = [part for name in (PREPARE, SFT, FLOWER) for part in ("--only", name.removesuffix(".ipynb"))]
+    command = [sys.executable, "-m", "flowerlib.lab.reproduce", "--profile", "smoke", "--out", str(copy), *only]
+    env = os.environ | {"PYTHONPATH": str(house)}
+    done = subprocess.run(command, cwd=house, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "skipped" not in done.stdout and done.stdout.count("trained already with these settings") == 2
+    made_by = {json.loads(record)["provenance"]["commit"] for record, _ in before.values()}
+    said = 3 * (made_by != {"unknown"})  # of p_ui, SFT and Flower-KL; the copy is no repository
+    assert done.stdout.count("taken as it is (--fresh makes it again)") == said
+    assert trained(copy) == before
+
+
+def test_fresh_makes_anew(copy, monkeypatch, capsys):
+    before = trained(copy)
+    monkeypatch.setenv(store.FRESH, "0")  # put back afterwards
+    reproduce.reproduce("smoke", str(copy), {}, [PREPARE, SFT], fresh=True)
+    out = capsys.readouterr().out
+    assert "skipped" not in out and "taken as it is" not in out
+    after = trained(copy)
+    made = {path for path in after if after[path] != before[path]}
+    assert after.keys() == before.keys() and {path.name.rsplit("-", 1)[0] for path in made} == {"p_ui", "SFT"}
+    for path in made:
+        logs = [pd.DataFrame(json.loads(content)["log"]) for content, _ in (before[path], after[path])]
+        pd.testing.assert_frame_equal(*logs)  # the same training
+    reproduce.reproduce("smoke", str(copy), {}, [SFT])
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_fresh_passes_by_what_is_done(dry):
+    assert dry() == ["01", "02", "03", "04"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(store.FRESH, "0")
+        assert dry(only=[FLOWER], fresh=True) == ["03"]
+    assert dry() == []
+
+
+def test_what_was_deleted_or_changed_by_hand_is_made_again(copy, capsys, monkeypatch):
+    reproduce.reproduce("smoke", str(copy), {})  # OUT is another one: all run, and what is trained is taken as it is
+    assert capsys.readouterr().out.count("trained already with these settings, taken as it is") == 2
+    (copy / "flower" / "settings.json").unlink()
+    (copy / "results" / "04_bias_and_diversity.json").write_text("{}")
+    reproduce.reproduce("smoke", str(copy), {})
+    assert capsys.readouterr().out.count("skipped") == 2
+    assert len(runs.read_results(copy / "results" / "04_bias_and_diversity.json")) == 7
+
+
+# Parameters and errors
 
 
 def test_an_override_holds_in_the_notebooks_after_it_and_an_error_is_one_sentence(tmp_path):
-    names = reproduce.NOTEBOOKS[:2]
+    names = [PREPARE, SFT]
     folder = reproduce.reproduce("smoke", str(tmp_path), {"category": "book", "max_history": 4, "epochs": 0.2}, names)
     for stem in ("data", "sft"):
-        chosen = json.loads((folder / stem / "settings.json").read_text())
-        assert (chosen["category"], chosen["max_history"]) == ("book", 4)
-    with pytest.raises(reproduce.NotebookError, match="02_train_sft.ipynb stopped with ValueError: the model has 2 lay"):
+        used = store.read_json(folder / stem / "settings.json")["settings"]
+        assert (used["category"], used["max_history"]) == ("book", 4)
+    with pytest.raises(reproduce.NotebookError, match="02_train_sft.ipynb stopped with ValueError: the model has 2 la"):
         reproduce.reproduce("smoke", str(tmp_path), {"tuned_layers": 9}, names)
 
 
-def test_recommend_for_a_new_user_in_three_lines(smoke):
-    items = decoding.pd.read_parquet(smoke / "flower" / "items.parquet")
-    history = [items.item_id[0], items.title[1]]
-    found = decoding.recommend(smoke / "flower", history, k=5)
-    assert len(found) == 5 and found.score.is_monotonic_decreasing
-    assert not set(found.title) & set(items.title[:2])
-    assert found.head(1).equals(decoding.recommend(smoke / "flower", history, k=1))
-    with pytest.raises(ValueError, match="k is 0"):
-        decoding.recommend(smoke / "flower", history, k=0)
-    assert decoding.recommend(smoke / "flower", items.title[1], k=1).equals(
-        decoding.recommend(smoke / "flower", [f" {items.title[1]} "], k=1)
-    )
-    with pytest.raises(ValueError, match=f"did you mean .*{items.title[1]}"):
-        decoding.recommend(smoke / "flower", [items.title[1] + "s"])
-    with pytest.raises(ValueError, match="neither an item id nor a title"):
-        decoding.recommend(smoke / "flower", ["no such film"])
-    with pytest.raises(FileNotFoundError, match="run notebook 02 or 03 first"):
-        decoding.recommend(smoke / "nothing", [])
+def test_the_seed_reaches_every_model(tmp_path, smoke):
+    given = {"seed": 1, "preference_epochs": 2, "epochs": 0.2}
+    folder = reproduce.reproduce("smoke", str(tmp_path), given, [PREPARE, SFT])
+    made = [store.read_json(path / "made.json") for path in trained(folder)]
+    assert len(made) == 2 and all(record["made_from"]["seed"] == 1 for record in made)
+    assert all(record["provenance"]["settings"]["seed"] == 1 for record in made)
+    assert not {path.name for path in trained(folder)} & {path.name for path in trained(smoke)}
 
 
-def test_misspelt_parameters_and_profiles_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="no notebook has a parameter 'epoch'"):
-        reproduce.reproduce("smoke", str(tmp_path), {"epoch": 2})
-    with pytest.raises(ValueError, match="no notebook has a parameter 'OUT'"):
-        reproduce.reproduce("smoke", str(tmp_path), {"OUT": "x"})
+def test_misspelt_parameters_and_profiles_are_errors(dry, tmp_path):
+    for name in ("epoch", "OUT", "PROFILE"):
+        with pytest.raises(ValueError, match=f"no notebook has a parameter '{name}': there are alpha, "):
+            dry({name: "x"})
+    of_another_one = ("budget", reproduce.NOTEBOOKS), ("theta", [MEASURE]), ("guides", [reproduce.FIT])
+    for name, only in of_another_one:
+        with pytest.raises(ValueError, match=f"no notebook has a parameter '{name}'"):
+            dry({name: 3}, only)
     with pytest.raises(ValueError, match="choose one of smoke, laptop, paper"):
-        reproduce.reproduce("smok", str(tmp_path), {})
-    command = [sys.executable, "-m", "flowerlib.reproduce", "-p", "epoch=2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+        reproduce.reproduce("smok", str(tmp_path / "none"), {})
+    assert dry.given == [] and not (tmp_path / "dry").exists() and not (tmp_path / "none").exists()
+    command = [sys.executable, "-m", "flowerlib.lab.reproduce", "-p", "epoch=2"]
+    done = subprocess.run(command, cwd=store.ROOT, capture_output=True, text=True)
     assert done.returncode and done.stderr.startswith("error: no notebook has a parameter 'epoch'")
 
 
-def test_every_setting_is_a_parameter_of_a_notebook():
-    names = {name for notebook in reproduce.NOTEBOOKS for name in reproduce.parameters(reproduce.FOLDER / notebook)}
-    assert names == {field.name for field in fields(runs.Settings)} - {"profile"} | {"PROFILE", "OUT"}
-    for notebook, of in ((reproduce.FIT, study.FitSettings), (reproduce.COMPARISON, comparison.ComparisonSettings)):
-        names = set(reproduce.parameters(reproduce.FOLDER / notebook))
-        assert names == {field.name for field in fields(of)} - {"profile"} | {"PROFILE", "OUT"}
-
-
-def test_what_was_deleted_or_changed_by_hand_is_made_again(smoke, tmp_path, capsys):
-    folder = shutil.copytree(smoke, tmp_path / "run")
-    given = json.loads(json.dumps({"profile": "smoke", "out": str(folder), "overrides": {}}))
-    reproduce.reproduce(**given)  # OUT is another one: all run, and what is trained is taken as it is
-    assert capsys.readouterr().out.count("taken as it is") == 2
-    (folder / "flower" / "settings.json").unlink()
-    (folder / "results" / "04_bias_and_diversity.json").write_text("{}")
-    reproduce.reproduce(**given)
-    assert capsys.readouterr().out.count("skipped") == 2
-    assert len(report.comparison(folder)) == 7
-
-
-def test_what_another_notebook_has_left_is_read_anew(smoke, tmp_path, capsys):
-    folder = shutil.copytree(smoke, tmp_path / "run")
-    measure = [reproduce.NOTEBOOKS[3]]
-    reproduce.reproduce("smoke", str(folder), {}, measure)
-    reproduce.reproduce("smoke", str(folder), {}, measure)
-    assert capsys.readouterr().out.count("skipped") == 1
-    reproduce.reproduce("smoke", str(folder), {"theta": 0.9}, reproduce.NOTEBOOKS[2:3])
-    reproduce.reproduce("smoke", str(folder), {}, measure)
-    assert "skipped" not in capsys.readouterr().out
-
-
-def test_notebook_05_says_itself_what_its_parameters_may_be(monkeypatch, tmp_path):
-    ran = []
-    (tmp_path / "notebooks").mkdir()
-    monkeypatch.setattr(reproduce, "_run", lambda name, given, folder: ran.append(given))
-    reproduce.reproduce("smoke", str(tmp_path), {"paths": "reward, policy", "frozen_layers": 0}, [reproduce.FIT])
-    assert ran[0]["paths"] == "reward, policy" and ran[0]["frozen_layers"] == 0
-    with pytest.raises(ValueError, match="set both or neither"):
-        reproduce.reproduce("smoke", str(tmp_path), {"frozen_layers": 0}, reproduce.NOTEBOOKS)
+def test_values_are_looked_at_before_anything_runs(dry):
+    for overrides, only, message in (({"theta": 9}, reproduce.NOTEBOOKS, "theta is 9.0: it must lie between 0 and 1"),
+                                     ({"methods": "sft"}, [reproduce.FIT], "methods takes a list"),
+                                     ({"methods": ["ppo"]}, [reproduce.FIT], "methods has 'ppo'"),
+                                     ({"frozen_layers": 0}, reproduce.NOTEBOOKS, "set both or neither"),
+                                     ({"n_seeds": 0}, [PREPARE, reproduce.COMPARISON], "n_seeds is 0")):
+        with pytest.raises(ValueError, match=message):
+            dry(overrides, only)
+    assert dry({"fit_paths": ["reward", "policy"], "frozen_layers": 0}, [reproduce.FIT]) == ["05"]  # of the whole model
+    assert dry.given[0][1]["fit_paths"] == ["reward", "policy"] and dry.given[0][1]["frozen_layers"] == 0
+    assert dry({"user": 3}, [reproduce.EXPLORERS]) == ["09"]  # no setting, a parameter all the same
 
 
 def test_notebooks_ask_for_the_step_before(tmp_path):
-    with pytest.raises(reproduce.NotebookError, match="run notebooks/01_prepare_the_data.ipynb with this PROFILE"):
-        reproduce.reproduce("smoke", str(tmp_path), {}, reproduce.NOTEBOOKS[1:2])
+    for name in (SFT, reproduce.COMPARISON):
+        with pytest.raises(reproduce.NotebookError, match="run notebooks/01_prepare_the_data.ipynb with this PROFILE"):
+            reproduce.reproduce("smoke", str(tmp_path), {}, [name])
 
 
-def test_launch_trains_what_the_notebooks_take_up(smoke, tmp_path):
-    folder = shutil.copytree(smoke, tmp_path / "run")
-    before = (folder / "flower" / "plan.json").read_text()
-    shutil.rmtree(folder / "flower")
-    launch.launch("Flower", "smoke", str(folder), {})
-    assert (folder / "flower" / "plan.json").read_text() == before
-    launch.launch("SFT", "smoke", str(folder), {"epochs": 0.5})
+# What the notebooks leave
+
+
+def test_recommend_for_a_new_user_in_three_lines(smoke):
+    items = pd.read_parquet(next((smoke / "flower").glob("*/items.parquet")))
+    history = [items.item_id[0], items.title[1]]
+    lists = recommend(smoke / "flower", history, k=5)
+    assert len(lists) == 5 and lists.score.is_monotonic_decreasing
+    assert not set(lists.title) & set(items.title[:2])
+    assert lists.head(1).equals(recommend(smoke / "flower", history, k=1))
+    made = store.read_json(smoke / "flower" / "settings.json")["made"]
+    assert lists.equals(recommend(smoke / "flower" / made, history, k=5))  # the training itself
+    with pytest.raises(ValueError, match="k is 0"):
+        recommend(smoke / "flower", history, k=0)
+    assert recommend(smoke / "flower", items.title[1], k=1).equals(
+        recommend(smoke / "flower", [f" {items.title[1]} "], k=1)
+    )
+    with pytest.raises(ValueError, match=f"did you mean .*{items.title[1]}"):
+        recommend(smoke / "flower", [items.title[1] + "s"])
+    with pytest.raises(ValueError, match="neither an item id nor a title"):
+        recommend(smoke / "flower", ["no such film"])
+    with pytest.raises(FileNotFoundError, match="run notebook 02 or 03 first"):
+        recommend(smoke / "nothing", [])
+
+
+def test_launch_takes_what_the_notebooks_made(copy, monkeypatch):
+    before = trained(copy)
+    made = {step: copy / step / store.read_json(copy / step / "settings.json")["made"] for step in ("sft", "flower")}
+    forbid_training(monkeypatch)
+    for method, step in (("SFT", "sft"), ("Flower", "flower")):  # one after the other, without a notebook between
+        assert launch.launch(method, "smoke", str(copy), {}) == made[step]
+        assert store.read_json(runs.require(copy, step) / "settings.json")["made"] == made[step].name
+    assert trained(copy) == before
+
+
+def test_the_notebooks_take_what_launch_made(copy, capsys):
+    """Weighted targets too: launch and notebooks hand the same to `finetune`."""
+    given = {"epochs": 0.2, "reweight": True}
+    made = [launch.launch("SFT", "smoke", str(copy), given)]
     with pytest.raises(FileNotFoundError, match="run notebooks/03_train_flower.ipynb"):
-        runs.require(folder, "flower")
+        runs.require(copy, "flower")  # that one was another SFT's
+    made.append(launch.launch("Flower", "smoke", str(copy), {}))
+    before = trained(copy)
+    capsys.readouterr()
+    reproduce.reproduce("smoke", str(copy), given, [SFT, FLOWER])
+    out = capsys.readouterr().out
+    assert [folder.name for folder in made if f"{folder.name}: trained already" not in out] == []
+    assert trained(copy) == before

@@ -1,90 +1,121 @@
+"""A run's folder: steps that are done or not, results with the provenance of the work behind them, figures."""
+
 import json
 
+import matplotlib.pyplot as plt
 import pytest
+from PIL import Image
 
-from flowerlib import runs
-
-
-def test_settings_take_overrides_and_refuse_nonsense():
-    assert runs.settings("smoke", epochs=2, alpha=None).epochs == 2.0
-    with pytest.raises(ValueError, match="unknown profile 'x'"):
-        runs.settings("x")
-    with pytest.raises(ValueError, match="unknown setting 'epoch'"):
-        runs.settings("smoke", epoch=1.0)
-    with pytest.raises(ValueError, match="setting n_beams takes a int"):
-        runs.settings("smoke", n_beams="ten")
+from flowerlib.lab import reproduce, runs, store
+from flowerlib.lab.settings import PROFILES
 
 
-def test_atomic_replaces_files_and_folders_or_leaves_them(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with pytest.raises(KeyError), runs.atomic(path) as new:
-        new.write_text("half")
-        raise KeyError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    folder = tmp_path / "model"
-    for text in ("one", "two"):
-        with runs.atomic(folder) as new:
-            new.mkdir()
-            (new / "weights").write_text(text)
-    assert (folder / "weights").read_text() == "two" and len(list(tmp_path.iterdir())) == 2
+def test_a_run_has_one_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "a" / "b"
+    assert runs.output_dir("smoke", str(folder)) == folder and folder.is_dir()
+    monkeypatch.setattr(store, "ROOT", tmp_path)  # a relative path counts from there, whatever the working directory
+    assert runs.output_dir("smoke", "runs/smoke") == runs.output_dir("smoke", None) == tmp_path / "runs" / "smoke"
+    assert (tmp_path / "runs" / "smoke").is_dir()
 
 
-def test_results_are_checked_and_rounded(tmp_path):
-    path = tmp_path / "r.json"
-    runs.write_results(path, [{"method": "SFT", "dgu": 0.123456789}], {"seed": 0})
-    assert json.loads(path.read_text()) == {"provenance": {"seed": 0}, "rows": [{"method": "SFT", "dgu": 0.123457}]}
-    with pytest.raises(ValueError, match="row 0: method 'Sft' is not one of Popularity, .*SFT, .*Flower"):
-        runs.write_results(path, [{"method": "Sft"}], {})
-    with pytest.raises(ValueError, match="row 1: dgu is nan"):
-        runs.write_results(path, [{}, {"dgu": float("nan")}], {})
-
-
-def test_settings_of_the_step_before_hold_on(tmp_path):
-    runs.write_settings(tmp_path, runs.settings("smoke", category="book"))
-    assert runs.settings("smoke", after=tmp_path, alpha=0.5) == runs.settings("smoke", category="book", alpha=0.5)
-    with pytest.raises(ValueError, match="made with PROFILE 'smoke', not 'laptop': give another OUT"):
-        runs.settings("laptop", after=tmp_path)
-    runs.write_json(tmp_path / "settings.json", {"depth": 3})
-    with pytest.raises(ValueError, match="start at notebook 01"):
-        runs.settings("laptop", after=tmp_path)
+def test_an_unknown_profile_makes_no_folder(tmp_path):
+    for out in (None, str(tmp_path / "run")):
+        with pytest.raises(ValueError, match="unknown profile 'smoky'"):
+            runs.output_dir("smoky", out)
+    assert not (store.ROOT / "runs" / "smoky").exists() and not (tmp_path / "run").exists()
 
 
 def test_a_step_that_begins_anew_takes_back_itself_and_those_after_it(tmp_path):
     for step in runs.STEPS:
-        runs.write_settings(tmp_path / step, runs.PROFILES["smoke"])
-    assert runs.require(tmp_path, "flower") == tmp_path / "flower"
-    runs.begin(tmp_path, "sft")
+        runs.finish(tmp_path, step, PROFILES["smoke"])
+        assert runs.require(tmp_path, step) == tmp_path / step
+    assert runs.begin(tmp_path, "sft") == tmp_path / "sft"
     assert runs.require(tmp_path, "data") == tmp_path / "data"
     for step, notebook in (("sft", "02_train_sft"), ("flower", "03_train_flower")):
-        with pytest.raises(FileNotFoundError, match=f"run notebooks/{notebook}.ipynb"):
+        with pytest.raises(FileNotFoundError, match=f"run notebooks/{notebook}.ipynb with this PROFILE"):
             runs.require(tmp_path, step)
+    runs.begin(tmp_path / "new", "data")  # nothing to take back
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"paths": "loged"}, "paths is 'loged': choose one of logged, reward, policy"),
-        ({"rows": "row"}, "choose one of sequence, target"),
-        ({"split": "random"}, "choose one of leave-one-out, time"),
-        ({"theta": 9.5}, "theta is 9.5: it must lie between 0 and 1"),
-        ({"alpha": float("nan")}, "alpha is nan"),
-        ({"alpha": float("inf")}, "both finite"),
-        ({"epochs": 0.0}, "epochs is 0.0"),
-        ({"batch_size": 0}, "batch_size is 0: it must lie between 1"),
-        ({"test_rows": -5}, "test_rows is -5"),
-        ({"max_history": 0}, "max_history is 0"),
-        ({"n_beams": 0}, "n_beams is 0"),
-        ({"frozen_layers": 0}, "would throw the lower layers away"),
-    ],
-)
-def test_values_out_of_range_are_refused(setting, message):
-    with pytest.raises(ValueError, match=message):
-        runs.settings("laptop", **setting)
-    assert runs.settings("laptop", frozen_layers=0, tuned_layers=0).alpha == runs.settings("laptop", theta=1).alpha
+def test_a_finished_step_names_its_settings_and_its_training(tmp_path):
+    runs.finish(tmp_path, "data", PROFILES["smoke"])
+    runs.finish(tmp_path, "sft", PROFILES["smoke"], tmp_path / "sft" / "SFT-0123456789ab")
+    marks = [store.read_json(tmp_path / step / "settings.json") for step in ("data", "sft")]
+    assert [mark["made"] for mark in marks] == [None, "SFT-0123456789ab"]
+    assert all(mark["settings"]["profile"] == "smoke" for mark in marks)
+    (tmp_path / "sft" / "SFT-0123456789ab").mkdir()
+    runs.begin(tmp_path, "data")
+    assert (tmp_path / "sft" / "SFT-0123456789ab").is_dir()  # what is trained stays
 
 
-def test_an_unknown_profile_makes_no_folder():
-    with pytest.raises(ValueError, match="unknown profile 'smoky'"):
-        runs.output_dir("smoky", None)
-    assert not (runs.ROOT / "runs" / "smoky").exists()
+def test_every_step_has_a_notebook():
+    assert list(runs.STEPS.values()) == list(reproduce.NOTEBOOKS[:3])
+    assert all((reproduce.FOLDER / notebook).is_file() for notebook in runs.STEPS.values())
+
+
+# Results
+
+
+def source(seconds=1.0, **other):
+    return {"settings": {"seed": 0}, "seconds": seconds, "commit": "a", "device": "x", "versions": {"torch": "2"},
+            "matmul_1024_seconds": 0.1} | other
+
+
+def test_results_are_checked_and_rounded(tmp_path):
+    path = tmp_path / "results" / "r.json"
+    rows = [{"method": "SFT", "dgu": 0.123456789, "n": 123456789, "seen": "allowed", "decoding": "beam"}]
+    runs.write_results(path, rows, source())
+    assert json.loads(path.read_text()) == {"provenance": source(), "rows": [rows[0] | {"dgu": 0.123457}]}
+    assert runs.read_results(path) == runs.read_document(path)["rows"] and list(path.parent.iterdir()) == [path]
+    for row, message in (({"method": "Sft"}, "row 1: method 'Sft' is not one of Popularity, .*SFT, .*Flower-KL"),
+                         ({"decoding": "greedy"}, "row 1: decoding 'greedy' is not one of top, beam"),
+                         ({"seen": "yes"}, "row 1: seen 'yes' is not one of excluded, allowed"),
+                         ({"dgu": float("nan")}, "row 1: dgu is nan"), ({"dgu": float("-inf")}, "row 1: dgu is -inf")):
+        with pytest.raises(ValueError, match=message):
+            runs.write_results(path, [{}, row], source())
+    assert runs.read_results(path)[0]["n"] == 123456789  # a refused write leaves the file as it was
+
+
+def test_every_method_has_its_name(tmp_path):
+    known = [*runs.METHODS, *runs.FIT_LOSSES, *runs.PREFERENCE_LOSSES]
+    runs.write_results(tmp_path / "r.json", [{"method": method} for method in known], source())
+    assert {"SFT", "Flower", "Flower-KL"} <= set(runs.METHODS)
+
+
+def test_several_pieces_of_work_have_one_provenance():
+    sources = [source(1.04), source(2.0, commit="b", settings={"seed": 1}), source(3.0, matmul_1024_seconds=0.2)]
+    joint = runs.joint_provenance(sources)
+    assert joint == source(6.0, commit=["a", "b"], matmul_1024_seconds=0.2)  # settings and speed of the last
+    assert runs.joint_provenance(sources[:1]) == source(1.0)
+    assert sources[0] == source(1.04)  # as it was
+    more = [source(versions={"torch": "2"}), source(versions={"torch": "3"}), source(versions={"torch": "2"})]
+    assert runs.joint_provenance(more)["versions"] == [{"torch": "2"}, {"torch": "3"}]
+
+
+def test_an_entry_that_one_piece_of_work_lacks_is_not_lost():
+    joint = runs.joint_provenance([source(resumed=True), source()])
+    assert joint["resumed"] == [True, None]
+
+
+def test_results_of_several_pieces_of_work(tmp_path):
+    runs.write_results(tmp_path / "r.json", [{"dgu": 1.0}], [source(1.0), source(2.0, device="y")])
+    assert runs.read_document(tmp_path / "r.json")["provenance"] == source(3.0, device=["x", "y"])
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"rows": []}', '{"provenance": {}}', "[]"])
+def test_damaged_results_are_named(tmp_path, text):
+    (tmp_path / "r.json").write_text(text)
+    for read in (runs.read_results, runs.read_document):
+        with pytest.raises(ValueError, match="r.json is damaged: remove it and run its notebook again"):
+            read(tmp_path / "r.json")
+
+
+def test_figures_carry_their_titles_and_equal_figures_are_equal_files(tmp_path):
+    for name in "ab":
+        figure, axes = plt.subplots(1, 2)
+        axes[0].set_title("Long\ntail")
+        axes[1].set_title("Groups", loc="left")
+        runs.save_figure(figure, tmp_path / f"{name}.png")
+        plt.close(figure)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert Image.open(tmp_path / "a.png").text["Title"] == "Long tail; Groups"

@@ -70,6 +70,81 @@ def test_a_node_forks_where_several_titles_go_on_from_it(catalogue):
     assert TitleTrie.from_sequences(catalogue).forks.tolist() == several
 
 
+def walk(catalogue):
+    """Every prefix as a walk depth first enters it, children by token; and how many prefixes begin with it."""
+    prefixes = prefixes_in_order(catalogue)
+    return sorted(prefixes), [sum(q[: len(p)] == p for q in prefixes) for p in prefixes]
+
+
+@prove
+@given(any_catalogue)
+def test_depth_first_is_a_walk_that_enters_each_node_once(catalogue):
+    trie, prefixes = TitleTrie.from_sequences(catalogue), prefixes_in_order(catalogue)
+    entered, sizes = walk(catalogue)  # sorted by token, a prefix stands before all that goes on from it
+    enter, leave = trie.depth_first
+    assert enter.dtype == leave.dtype == torch.int32
+    assert enter.tolist() == [entered.index(p) for p in prefixes]
+    assert (leave - enter).tolist() == sizes
+
+
+@prove
+@given(any_catalogue)
+def test_inner_nodes_are_those_with_children_depth_first(catalogue):
+    trie, prefixes = TitleTrie.from_sequences(catalogue), prefixes_in_order(catalogue)
+    whole = {tuple(sequence) for sequence in catalogue}
+    expected = [prefixes.index(p) for p in sorted(prefixes) if p and p not in whole]
+    assert trie.inner.tolist() == expected
+
+
+@prove
+@given(any_catalogue, st.data())
+def test_on_path_says_which_prefixes_begin_which(catalogue, data):
+    """Two batches with leading dimensions of their own; -1 is on no path and has none."""
+    trie, prefixes = TitleTrie.from_sequences(catalogue), prefixes_in_order(catalogue)
+    nodes = st.integers(-1, trie.n_nodes - 1)
+    n_above, n_below = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
+    above = torch.tensor(data.draw(st.lists(nodes, min_size=2 * n_above, max_size=2 * n_above))).view(2, n_above)
+    below = torch.tensor(data.draw(st.lists(nodes, min_size=2 * n_below, max_size=2 * n_below))).view(2, n_below)
+    found = trie.on_path(above, below)
+    assert found.shape == (2, n_below, n_above) and found.dtype == torch.bool
+    for row in range(2):
+        for i, low in enumerate(below[row].tolist()):
+            for j, high in enumerate(above[row].tolist()):
+                begins = low >= 0 and high >= 0 and prefixes[low][: len(prefixes[high])] == prefixes[high]
+                assert bool(found[row, i, j]) == begins
+    assert trie.on_path(above[0], below[0]).equal(found[0])
+    everything = torch.arange(trie.n_nodes)
+    assert trie.on_path(everything, everything).sum(-1).equal(trie.depth + 1)  # itself and all above it, the root too
+
+
+@prove
+@given(any_catalogue, st.integers(0, 2**31))
+def test_sums_along_titles_and_under_the_mask(catalogue, seed):
+    """log_leaf_probs adds the edges of each title; renormalised makes siblings add up to one."""
+    trie, prefixes = TitleTrie.from_sequences(catalogue), prefixes_in_order(catalogue)
+    edges = torch.randn(trie.n_nodes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    number = {prefix: node for node, prefix in enumerate(prefixes)}
+    titles = dict.fromkeys(map(tuple, catalogue))
+    expected = [sum(float(edges[number[t[: n + 1]]]) for n in range(len(t))) for t in titles]
+    assert trie.log_leaf_probs(edges).tolist() == pytest.approx(expected)
+    inside = trie.renormalised(edges)
+    for node, prefix in enumerate(prefixes[1:], start=1):
+        siblings = [edges[number[p]] for p in prefixes if p and p[:-1] == prefix[:-1]]
+        assert float(inside[node]) == pytest.approx(float(edges[node] - torch.stack(siblings).logsumexp(0)), abs=1e-12)
+    assert float(trie.log_leaf_probs(torch.cat([torch.zeros(1), inside[1:]])).exp().sum()) == pytest.approx(1)
+
+
+def test_a_walk_by_hand():
+    trie = TitleTrie.from_sequences([[5, END], [5, 6, END], [7, END]])
+    enter, leave = trie.depth_first  # root, 5, 7, 5⊤, 56, 7⊤, 56⊤
+    assert enter.tolist() == [0, 1, 5, 2, 3, 6, 4]
+    assert leave.tolist() == [7, 5, 7, 3, 5, 7, 5]
+    assert trie.inner.tolist() == [1, 4, 2]
+    assert trie.forks.tolist() == [True, True, False, False, False, False, False]
+    sees = trie.on_path(torch.tensor([0, 1, 4]), torch.tensor([6, 5]))
+    assert sees.tolist() == [[True, True, True], [True, False, False]]
+
+
 @prove
 @given(any_catalogue)
 def test_the_deepest_node_below_each(catalogue):

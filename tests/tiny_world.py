@@ -1,18 +1,21 @@
-"""A small catalogue, a model that is far from uniform, and every title's probability the slow way."""
+"""A small catalogue, a model that is far from uniform, every title's probability the slow way, a finished training."""
 
+import pandas as pd
 import torch
 
-from flowerlib import backbone, policy
+from flowerlib.lab import store
+from flowerlib.model import Catalogue, open_backbone, prompt_texts, tiny_model
+from flowerlib.train import TrainSettings
 
 TITLES = ["Toy Story", "Toy Story 2", "Toy Soldiers", "Heat", "Fargo", "Fargo", "The Rock", "The Big Heat"]
 
 
 def tiny_world(form):
-    model, tokenizer = backbone.tiny_model([*TITLES, *policy.prompt_texts("movie", form)], seed=1)
+    model, tokenizer = tiny_model([*TITLES, *prompt_texts("movie", form)], seed=1)
     with torch.no_grad():
         for weights in model.parameters():
             weights.mul_(3)
-    return model.eval(), policy.Catalogue.build(tokenizer, TITLES, "movie", form)
+    return model.eval(), Catalogue.build(tokenizer, TITLES, "movie", form)
 
 
 def exact_log_probabilities(model, catalogue, history, renormalised):
@@ -28,3 +31,15 @@ def exact_log_probabilities(model, catalogue, history, renormalised):
             node = int(trie.advance(torch.tensor([node]), torch.tensor([token]))[0])
         scores[int(trie.item_leaf[item])] = (total, len(sequence))
     return scores
+
+
+def finished_training(folder, titles=TITLES, rows="sequence", **used):
+    """A folder as a training leaves it, of a model that has learned nothing; the model."""
+    settings = TrainSettings(model="tiny", frozen_layers=0, tuned_layers=0, rows=rows, **used)
+    model, tokenizer, *_ = open_backbone(settings, titles)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    items = pd.DataFrame({"item_id": range(100, 100 + len(titles)), "title": titles})
+    items.to_parquet(folder / "items.parquet")
+    store.keep(folder / "made.json", {}, {"commit": "0", "settings": vars(settings)})
+    return model

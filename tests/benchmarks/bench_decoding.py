@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from flowerlib import decoding, policy
+from flowerlib.tree import Beams, beam_search, left_padded
 
 
 @pytest.mark.parametrize("child_renormalised", [False, True])
@@ -17,17 +17,17 @@ def test_constrained_beams_against_generate(side_by_side, model, catalogue, chil
     """
     rng = np.random.default_rng(0)
     histories = rng.integers(len(catalogue.titles), size=(8, 9)).tolist()
-    search = decoding.Beams(10, child_renormalised=child_renormalised)
+    search = Beams(10, child_renormalised=child_renormalised)
     model.eval()
     calls = []
     hook = model.register_forward_hook(lambda *_: calls.append(1))
 
     def ours():
-        decoding.beam_search(model, catalogue, histories, [search], batch_size=8)
+        beam_search(model, catalogue, histories, [search], batch_size=8)
 
     ours()
     hook.remove()
-    ids, mask = policy.left_padded([catalogue.context(history) for history in histories])
+    ids, mask = left_padded([catalogue.context(history) for history in histories])
     config = GenerationConfig(num_beams=10, num_return_sequences=10, max_new_tokens=len(calls), do_sample=False,
                               eos_token_id=None, pad_token_id=0)
 

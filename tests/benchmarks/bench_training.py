@@ -8,8 +8,12 @@ import pytest
 import torch
 from transformers import GPT2Config, Trainer, TrainingArguments
 
-from flowerlib import batches, fit, losses, policy, runs, train
-from flowerlib.preference import PreferenceModel
+from flowerlib import losses, train
+from flowerlib.lab import training
+from flowerlib.lab.fit import loss_parts
+from flowerlib.lab.preference import PreferenceModel
+from flowerlib.lab.settings import PROFILES
+from flowerlib.tree import PackedTree
 from flowerlib.trie import TitleTrie
 
 
@@ -18,24 +22,24 @@ def batch(catalogue):
     """Eight prompts of ten titles, about 160 tokens each, and a title to learn."""
     rng = np.random.default_rng(0)
     histories = rng.integers(len(catalogue.titles), size=(8, 9)).tolist()
-    rows = batches.make_rows(catalogue, histories, rng.integers(len(catalogue.titles), size=(8, 1)).tolist())
-    made = batches.collate([rows[i] for i in range(len(rows))])
+    rows = train.make_rows(catalogue, histories, rng.integers(len(catalogue.titles), size=(8, 1)).tolist())
+    made = train.collate([rows[i] for i in range(len(rows))])
     print(f"\n{made['attention_mask'].sum(1).float().mean():.0f} tokens a row")
     return made
 
 
-def step(model, catalogue, batch, folder, **chosen):
+def step(model, catalogue, batch, folder, **used):
     """Loss and gradients of one batch, by our trainer; the preference model that every reward but "none" asks for has
     random weights."""
-    settings = replace(runs.PROFILES["paper"], **chosen)
+    settings = replace(PROFILES["paper"], **used)
+    preference = PreferenceModel(GPT2Config(
+        vocab_size=len(catalogue.trie.leaves) + 1, n_positions=settings.max_history + 2, n_embd=settings.preference_size,
+        n_layer=2, n_head=2,
+    ))
+    arguments = TrainingArguments(str(folder), report_to="none")
     log_rewards = torch.zeros(catalogue.trie.n_items)
-    trainer = train.FlowerTrainer(
-        model.train(), TrainingArguments(str(folder), report_to="none"), trie=catalogue.trie, chosen=settings,
-        log_item_rewards=log_rewards, preference=PreferenceModel(GPT2Config(
-            vocab_size=len(catalogue.trie.leaves) + 1, n_positions=settings.max_history + 2,
-            n_embd=settings.preference_size, n_layer=2, n_head=2,
-        )),
-    )
+    objective = train.Objective(catalogue.trie, log_rewards, settings, preference, device=arguments.device)
+    trainer = training.FlowerTrainer(model.train(), arguments, objective=objective)
 
     batch = {name: x.to(trainer.args.device) for name, x in batch.items()}
 
@@ -47,9 +51,9 @@ def step(model, catalogue, batch, folder, **chosen):
 
 
 @pytest.mark.parametrize(("flow", "paths", "reward", "bound"), [
-    (flow, paths, "none", bound) for flow in ("subtb", "children")
+    (flow, paths, "none", bound) for flow in ("subtb", "divergence")
     for paths, bound in (("logged", 1.25), ("reward", 1.25), ("policy", 2.0))
-] + [("subtb", "policy", "div", 2.0), ("children", "reward", "exact", 1.25)])
+] + [("subtb", "policy", "div", 2.0), ("divergence", "reward", "exact", 1.25)])
 def test_a_flower_step(side_by_side, model, catalogue, batch, tmp_path, flow, paths, reward, bound):
     flower = step(model, catalogue, batch, tmp_path, theta=0.995, paths=paths, flow=flow, reward=reward)
     sft = step(model, catalogue, batch, tmp_path, theta=1.0)
@@ -62,7 +66,7 @@ def test_a_flower_step(side_by_side, model, catalogue, batch, tmp_path, flow, pa
 
 def test_an_sft_step_against_transformers(side_by_side, model, catalogue, batch, tmp_path):
     trainer = Trainer(model.train(), TrainingArguments(str(tmp_path), report_to="none"))
-    labels = torch.where(batch["nodes"] == batches.NO_TARGET, -100, batch["input_ids"])
+    labels = torch.where(batch["nodes"] == train.NO_TARGET, -100, batch["input_ids"])
     padded = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
 
     def plain():
@@ -97,7 +101,7 @@ def test_an_sft_step_otherwise(side_by_side, model, catalogue, batch, tmp_path, 
 def test_sixteen_paths_behind_one_prompt(side_by_side, model, catalogue):
     """A step of the first question: paths packed behind their prompt, against a row for each."""
     context = catalogue.context([])
-    tree = fit.PackedTree(model.train(), catalogue.trie, context)
+    tree = PackedTree(model.train(), catalogue.trie, context)
     log_rewards = torch.zeros(catalogue.trie.n_items)
     leaves = catalogue.trie.leaf[torch.randperm(catalogue.trie.n_items, generator=torch.Generator().manual_seed(0))[:16]]
     paths = catalogue.trie.paths(leaves)
@@ -107,7 +111,7 @@ def test_sixteen_paths_behind_one_prompt(side_by_side, model, catalogue):
     log_r = catalogue.trie.log_token_rewards(log_rewards)[paths.clamp(min=0)]
 
     def packed():
-        for part in fit.loss_parts(tree, "subtb", log_rewards, leaves):
+        for part in loss_parts(tree, "subtb", log_rewards, leaves):
             part.backward()
         model.zero_grad()
 
@@ -137,9 +141,7 @@ def test_the_exact_distribution_of_the_catalogue(side_by_side, model):
         ids = torch.cat([torch.tensor(context).expand(64, -1), torch.from_numpy(titles[:64])], 1)
         model(input_ids=ids, use_cache=False, logits_to_keep=titles.shape[1] + 1).logits.log_softmax(-1)
 
-    @torch.no_grad()
-    def ours():
-        policy.tree_log_probs(model, trie, context)
-
-    side_by_side("distribution over 1,659 titles / a row a title", 0.1, ours, rows, rounds=3, worth=1_659 / 64,
-                 predicted=(100 + len(trie.inner)) / (1_659 * 106))
+    packed = PackedTree(model, trie, context)
+    n_tokens = sum(len(context) + len(nodes) for nodes, _ in packed._chunks())  # a part of the tree repeats its prompt
+    side_by_side("distribution over 1,659 titles / a row a title", 0.1, packed.log_probs, rows, rounds=3, worth=1_659 / 64,
+                 predicted=n_tokens / (1_659 * 106))

@@ -1,19 +1,20 @@
 """Two ways of doing one thing, timed in turns in one process: `runs/bench.json` keeps the ratios."""
 
-import platform
 import statistics
 import time
-from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flowerlib import policy, reproduce, runs
+from flowerlib.lab import store
+from flowerlib.lab.reproduce import BENCH
+from flowerlib.model import Catalogue
 from flowerlib.trie import TitleTrie
 
 ROWS = []
+OF_A_ROW = ("device", "threads", "versions", "matmul_1024_seconds", "commit")
 TERMINATOR, VOCABULARY = 1, 49_152
 
 
@@ -54,8 +55,14 @@ def side_by_side(benchmark, keep):
 
 @pytest.fixture
 def keep():
-    """keep(row): a line for runs/bench.json."""
-    return lambda row: ROWS.append({key: float(f"{v:.4g}") if isinstance(v, float) else v for key, v in row.items()})
+    """keep(row): a line for runs/bench.json, with the machine and the code that it is of, as they are at that moment."""
+
+    def keep_row(row):
+        source = store.provenance({}, 0)
+        row = row | {name: source[name] for name in OF_A_ROW}
+        ROWS.append({key: float(f"{v:.4g}") if isinstance(v, float) else v for key, v in row.items()})
+
+    return keep_row
 
 
 @pytest.fixture(scope="session")
@@ -76,25 +83,13 @@ def catalogue():
     titles = [[*(1 + np.minimum(rng.zipf(1.3, n), VOCABULARY - 2)).tolist(), TERMINATOR] for n in lengths]
     header, separator, footer = ([2] * n for n in (20, 1, 5))
     names = [str(i) for i in range(len(titles))]
-    return policy.Catalogue(names, titles, TitleTrie.from_sequences(titles), header, separator, footer, eos=0)
+    return Catalogue(names, titles, TitleTrie.from_sequences(titles), header, separator, footer, eos=0)
 
 
 def pytest_sessionfinish():
-    """Rows of a run of some benchmarks take the places of their own; the others stay, with the commit that they are of."""
+    """Rows of a run of some benchmarks take the places of their own; the others stay, each with the machine that it is of."""
     if ROWS:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
-        packages = ("torch", "transformers", "numpy")
-        machine = {"device": device, "threads": torch.get_num_threads(), "matmul_1024_seconds": runs.matmul_seconds(),
-                   "versions": {"python": platform.python_version()} | {name: version(name) for name in packages}}
-        before = runs.read_document(reproduce.BENCH)["rows"] if reproduce.BENCH.exists() else []
-        commit = runs.provenance(runs.settings("smoke"), 0)["commit"]
-        rows = {row["name"]: row for row in (*before, *(row | {"commit": commit} for row in ROWS))}
-        runs.write_json(reproduce.BENCH, {"provenance": machine, "rows": list(rows.values())})
-
-
-def _cpu():
-    try:
-        lines = open("/proc/cpuinfo", encoding="utf-8").read().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        before = store.read_json(BENCH)["rows"] if BENCH.exists() else []
+        before = [row for row in before if all(name in row for name in OF_A_ROW)]  # else nobody knows where it is from
+        rows = {row["name"]: row for row in (*before, *ROWS)}
+        store.write_json(BENCH, {"rows": list(rows.values())})

@@ -13,10 +13,10 @@ import nbformat
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from flowerlib import reproduce, report, runs
+from flowerlib.lab import report, reproduce, store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SHOTS = runs.ROOT / "runs" / "browser"
+SHOTS = store.ROOT / "runs" / "browser"
 QUIET = {
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight stay in the page
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -50,7 +50,7 @@ def lab(run):
     shutil.rmtree(home, ignore_errors=True)
     for name, values in QUIET.items():
         path = home / "settings" / f"{name}.jupyterlab-settings"
-        runs.write_json(path, values)
+        store.write_json(path, values)
     places = {f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("CONFIG", "RUNTIME")}
     env = os.environ | places | {"JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "work")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root",
@@ -58,12 +58,12 @@ def lab(run):
     with open(SHOTS / "lab.log", "w") as log, subprocess.Popen(command, env=env, stdout=log, stderr=log) as server:
         try:
             for _ in range(300):
-                found = list((home / "runtime").glob("jpserver-*.json"))
-                if found:
+                started = list((home / "runtime").glob("jpserver-*.json"))
+                if started:
                     break
                 time.sleep(0.2)
-            assert found, f"JupyterLab did not start:\n{(SHOTS / 'lab.log').read_text()}"
-            yield json.loads(found[0].read_text())["url"] + "lab", token
+            assert started, f"JupyterLab did not start:\n{(SHOTS / 'lab.log').read_text()}"
+            yield json.loads(started[0].read_text())["url"] + "lab", token
         finally:
             server.terminate()
 

@@ -1,28 +1,34 @@
 """How much a user likes each title: a small sequential model p_ui, and plain recommenders to hold it against.
 
-Everything is by leaf (equal titles are one, see `data.item_leaves`): U users, L leaves. No language model is in here.
+Everything is by leaf (`data.item_leaves`): U users, L leaves. No language model is in here.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainingArguments, logging
+from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from . import runs
-from .progress import OneBar, log_table
-from .runs import Settings
+from .. import data, metrics
+from ..model import Catalogue
+from . import store
+from .runs import require
+from .settings import Settings
+from .training import OneBar, last_checkpoint, log_table
 
 Floats = NDArray[np.float64]
 IGNORED = -100  # labels that transformers leaves out of a loss
@@ -60,26 +66,32 @@ class PreferenceModel(GPT2LMHeadModel):
             raise ValueError(f"{leaves.shape[1]} titles, and the preference model reads {self.window}: cut the history")
         ids = torch.nn.functional.pad(leaves, (1, 0), value=-1)
         ids = torch.where(ids < 0, self.n_leaves, ids)
-        return self(input_ids=ids, use_cache=False).logits[..., : self.n_leaves].float().log_softmax(-1)
+        return self(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithCrossAttentions:
+        """GPT-2's, but for the logits, (B, T, L): the id that begins a sequence is no title, in training neither."""
+        out = super().forward(input_ids=input_ids, **kwargs)
+        out.logits = out.logits[..., : self.n_leaves]
+        if labels is not None:
+            out.loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(),
+                                                         ignore_index=IGNORED)
+        return out
 
     @torch.no_grad()
     def after(self, histories: Sequence[Sequence[int]], batch_size: int = 256) -> Tensor:
         """log p_ui after each history of leaf ids, oldest first, the last window of it: (U, L) nats."""
-        found = []
+        parts = []
         for first in range(0, len(histories), batch_size):
             batch = [list(history)[-self.window :] for history in histories[first : first + batch_size]]
             leaves = right_padded(batch, -1).to(self.device)
             last = torch.tensor([len(history) for history in batch], device=self.device)
-            found.append(self.log_p(leaves)[torch.arange(len(batch), device=self.device), last])
-        return torch.cat(found)
+            parts.append(self.log_p(leaves)[torch.arange(len(batch), device=self.device), last])
+        return torch.cat(parts)
 
 
 def right_padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
     """Lists of ids → (B, T) int64, padded on the right."""
-    padded = torch.full((len(rows), max(map(len, rows))), pad)
-    for row, ids in zip(padded, rows):
-        row[: len(ids)] = torch.as_tensor(ids, dtype=torch.long)
-    return padded
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=pad)
 
 
 class _Windows(Dataset):
@@ -103,7 +115,8 @@ class _NextTitles(Dataset):
     """Histories, each with the title that came next as the only target."""
 
     def __init__(self, histories: Sequence[Sequence[int]], targets: Sequence[int], window: int):
-        self.rows = [([*map(int, history), int(target)][-window:], True) for history, target in zip(histories, targets, strict=True)]
+        pairs = zip(histories, targets, strict=True)
+        self.rows = [([*map(int, history), int(target)][-window:], True) for history, target in pairs]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,48 +127,57 @@ class _NextTitles(Dataset):
 
 def train_preference(
     sequences: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], targets: Sequence[int], n_leaves: int,
-    chosen: Settings, folder: Path,
-) -> tuple[PreferenceModel, pd.DataFrame]:
-    """Trains p_ui and saves it under `folder`, by the weights of the lowest validation loss.
+    settings: Settings, folder: Path,
+) -> tuple[PreferenceModel, pd.DataFrame, Path]:
+    """Trains p_ui and saves it, by the weights of the lowest validation loss, in a folder p_ui-<digest> under `folder`.
 
-    A finished training of the same settings, data and code is taken as it is.
+    A finished training of the same settings and data is taken as it is.
 
     Args:
         sequences: each user's training titles as leaf ids, oldest first. histories, targets: the validation rows.
-        chosen: preference_size, preference_epochs, max_history (what it reads) and seed are used.
+        settings: preference_size, preference_epochs, max_history (what it reads) and seed are used.
 
     Returns:
-        The model; and the log: step, kind ("train" or "validation") and loss, nats per target.
+        The model; the log: step, kind ("train" or "validation") and loss, nats per target; the model's folder.
     """
-    used = {name: asdict(chosen)[name] for name in ("preference_size", "preference_epochs", "max_history", "seed")}
-    told = repr([[list(map(int, row)) for row in rows] for rows in (sequences, histories, [targets])])
-    plan = used | {"data": hashlib.sha256(told.encode()).hexdigest(), "code": runs.code_digest("preference")}
-    done = folder / "plan.json"
-    if done.exists() and json.loads(done.read_text(encoding="utf-8")) == plan:
-        return PreferenceModel.from_pretrained(folder).eval(), pd.read_json(folder / "log.json", orient="records")
-    done.unlink(missing_ok=True)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    runs.seed_everything(chosen.seed)
+    names = ("preference_size", "preference_epochs", "max_history", "seed")
+    rows_by_part = [[list(map(int, row)) for row in part] for part in (sequences, histories, [targets])]
+    origin = {name: getattr(settings, name) for name in names} | {"data": store.digest(rows_by_part)}
+    folder = folder / f"p_ui-{store.digest(origin)}"
+    if record := store.find(folder / "made.json", origin):
+        return PreferenceModel.from_pretrained(folder).eval(), pd.DataFrame(record["log"]), folder
+    start = time.perf_counter()
+    set_seed(settings.seed)
     model = PreferenceModel(GPT2Config(
-        vocab_size=n_leaves + 1, n_positions=chosen.max_history + 2, n_embd=chosen.preference_size, n_layer=2, n_head=2,
+        vocab_size=n_leaves + 1, n_positions=settings.max_history + 2, n_embd=settings.preference_size, n_layer=2, n_head=2,
         resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2, bos_token_id=n_leaves, eos_token_id=n_leaves,
     ))
-    window = chosen.max_history + 1
+    window = settings.max_history + 1
     rows = _Windows([list(map(int, s)) for s in sequences if len(s)], window)
     valid = _NextTitles(histories, targets, window)
     logging.set_verbosity_error()
     trainer = Trainer(
-        model, _arguments(chosen, folder / "checkpoints", len(rows)), train_dataset=rows, eval_dataset=valid,
+        model, _arguments(settings, folder / "checkpoints", len(rows)), train_dataset=rows, eval_dataset=valid,
         data_collator=lambda batch: _collate(batch, n_leaves), callbacks=[OneBar()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     log = log_table(trainer.state.log_history)
-    shutil.rmtree(folder / "checkpoints")
     model.eval().save_pretrained(folder)
-    log.to_json(folder / "log.json", orient="records")
-    runs.write_json(done, plan)
-    return model.cpu(), log
+    source = store.provenance(asdict(settings), time.perf_counter() - start)
+    store.keep(folder / "made.json", origin, source, log=json.loads(log.to_json(orient="records")))
+    shutil.rmtree(folder / "checkpoints")
+    return model.cpu(), log, folder
+
+
+def load_preference(out: Path) -> PreferenceModel:
+    """The preference model of a run, which notebook 01 has trained.
+
+    Raises:
+        FileNotFoundError: notebook 01 has not been run to its end.
+    """
+    made = store.read_json(require(out, "data") / "settings.json")["made"]
+    return PreferenceModel.from_pretrained(out / "preference" / made).eval()
 
 
 def _collate(batch: Sequence[tuple[list[int], bool]], n_leaves: int) -> dict[str, Tensor]:
@@ -168,12 +190,12 @@ def _collate(batch: Sequence[tuple[list[int], bool]], n_leaves: int) -> dict[str
     return {"input_ids": leaves.masked_fill(leaves == IGNORED, n_leaves), "labels": labels}
 
 
-def _arguments(chosen: Settings, folder: Path, n_rows: int) -> TrainingArguments:
-    steps = max(1, round(chosen.preference_epochs * n_rows / BATCH))
+def _arguments(settings: Settings, folder: Path, n_rows: int) -> TrainingArguments:
+    steps = max(1, round(settings.preference_epochs * n_rows / BATCH))
     every = -(-steps // 10)
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=BATCH, per_device_eval_batch_size=4 * BATCH,
-        learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=steps // 20, max_steps=steps, seed=chosen.seed,
+        learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=steps // 20, max_steps=steps, seed=settings.seed,
         eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", logging_steps=every, report_to="none",
         prediction_loss_only=True, remove_unused_columns=False, disable_tqdm=True,
@@ -234,3 +256,19 @@ def top_titles(scores: Floats | Tensor, seen: Sequence[Sequence[int]], k: int) -
         row[list(leaves)] = -np.inf
     lists = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.where(np.isfinite(np.take_along_axis(scores, lists, 1)), lists, -1)
+
+
+def fair_weights(catalogue: Catalogue, tables: data.Tables, n_groups: int = 8) -> Tensor:
+    """(n_leaves,) IFairLRS' weight of each target: its popularity group's share in the training rows' histories over its
+    share in their targets. Where every interaction is a target it is close to 1: it needs one-target rows.
+
+    Source: Jiang et al., WWW 2024. Deviation: the official code multiplies a loss that is averaged already, so that
+    the weights cancel out of the comparison between targets.
+    """
+    leaf, n_leaves = catalogue.trie.item_leaf.numpy(force=True), len(catalogue.trie.leaves)
+    target = pd.Index(tables.items.item_id).get_indexer(tables.train.target)
+    targets = np.bincount(leaf[target], minlength=n_leaves)
+    histories = np.bincount(leaf, weights=data.item_counts(tables, "windowed"), minlength=n_leaves)
+    groups = metrics.popularity_groups(targets, min(n_groups, int((targets > 0).sum())))
+    share = metrics.group_shares(histories, groups) / metrics.group_shares(targets, groups)
+    return torch.from_numpy(share[groups])

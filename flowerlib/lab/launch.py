@@ -1,0 +1,64 @@
+"""Training without a notebook, for several devices: `accelerate launch -m flowerlib.lab.launch SFT --profile paper`.
+
+Run notebook 01 first, then this for SFT and for Flower. Notebooks 02 and 03 take up the finished training, if they get the
+same profile and parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import data, rewards
+from . import runs, sources, training
+from .preference import fair_weights, load_preference
+from .settings import PROFILES, literal, settings
+
+
+def launch(method: str, profile: str, out: str | None, overrides: dict[str, Any]) -> Path:
+    """Trains "SFT" on what notebook 01 has prepared, or "Flower" (Flower-KL, by the settings) with the settings of SFT.
+
+    Returns:
+        The folder of the training.
+
+    Raises:
+        FileNotFoundError: the step before is missing. ValueError: unknown profile or setting.
+    """
+    folder = runs.output_dir(profile, out)
+    own = settings(profile, after=runs.require(folder, "data" if method == "SFT" else "sft"), **overrides)
+    step = method.lower()
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        runs.begin(folder, step)
+    tables = sources.read_processed(folder / "data")
+    backbone = sources.open_backbone(own, tables.items.title.tolist())
+    weights = fair_weights(backbone.catalogue, tables) if own.reweight else None
+    log_rewards = preference = None
+    if method == "Flower":
+        counts = torch.from_numpy(data.item_counts(tables, own.counts))
+        log_rewards, preference = rewards.count_log_rewards(backbone.catalogue.trie, counts, own.alpha), load_preference(folder)
+    made = training.finetune(backbone, tables, own, folder / step, folder / "cache", log_rewards, preference, weights)[1]
+    if first:
+        runs.finish(folder, step, own, made)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("method", choices=("SFT", "Flower"))
+    parser.add_argument("--profile", default="paper", help=f"one of {', '.join(PROFILES)}")
+    parser.add_argument("--out", help="folder of the run (default: runs/<profile>)")
+    parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", type=literal)
+    args = parser.parse_args()
+    try:
+        launch(args.method, args.profile, args.out, dict(args.parameter))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

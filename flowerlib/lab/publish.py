@@ -1,0 +1,84 @@
+"""For maintainers: puts finished notebooks into the repository: `python -m flowerlib.lab.publish [notebook …]`.
+
+Without names 00–04 and 09, from scratch; with names these alone, from the last such run or that of `make study`."""
+
+import argparse
+import re
+import shutil
+import time
+from pathlib import Path
+
+import nbformat
+
+from . import report, runs, store
+from .reproduce import BENCH, BY_HAND, EXPLORERS, FOLDER, NOTEBOOKS, SPEED, STUDIES, NotebookError, reproduce
+
+ONE_RUN = (*NOTEBOOKS, BY_HAND, EXPLORERS)  # published together, from scratch
+RUNS, FIGURES = store.ROOT / "runs", store.ROOT / "figures"
+PAGES = (store.ROOT / "README.md", FIGURES / "README.md", FOLDER / "README.md")
+
+
+def copy_outputs(executed: Path, source: Path) -> None:
+    """Puts the outputs of an executed notebook into its source, without progress bars and injected parameters."""
+    ran, notebook = nbformat.read(executed, as_version=4), nbformat.read(source, as_version=4)
+    given = [c for c in ran.cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
+    cells = [c for c in notebook.cells if c.cell_type == "code"]
+    if [c.source for c in given] != [c.source for c in cells]:
+        raise ValueError(f"{source.name} has changed since {executed} ran: run it again")
+    for number, (cell, old) in enumerate(zip(cells, given), 1):
+        cell.update(execution_count=number, outputs=[output for output in old.outputs if not report.is_noise(output)])
+        for result in (output for output in cell.outputs if "execution_count" in output):
+            result.execution_count = number
+    with store.atomic(source) as new:
+        nbformat.write(notebook, new)
+
+
+def filled(page: str) -> str:
+    """A page with the tables between <!-- mark --> and <!-- /mark -->, and the seconds behind the notebooks, anew."""
+    rows = {path.stem: runs.read_results(path) for path in FIGURES.glob("0[1-8]_*.json")}
+    short = [row for row in rows["04_bias_and_diversity"] if row["seen"] == "excluded"]
+    short += [row for row in rows["01_preference"] if row["method"] == "Preference"]
+    tables = {
+        "results": report.lists_table(short, "seen", "seed", "mgu", "ttr", "gini"),
+        "comparison": report.lists_table(rows["04_bias_and_diversity"]),
+        "next": report.lists_table(rows["07_which_title_next"]),
+        "fit": report.fit_table(rows["05_fit_a_known_distribution"]),
+        "speed": report.speed_table(rows["08_bench"]),
+        "timings": report.timing_table(store.read_json(FIGURES / "timings.json"), NOTEBOOKS),
+    }
+    for mark, table in tables.items():
+        page = re.sub(rf"(?s)(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->)", lambda _: f"{table}\n", page)
+    for name, entry in store.read_json(FIGURES / "timings_smoke.json").items():
+        page = re.sub(rf"(?m)^(\| \[?`{Path(name).stem}`.*\|) [^|]* \|$", rf"\1 {entry['seconds']:.0f} |", page)
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", choices=[*ONE_RUN, *STUDIES, []], metavar="notebook")
+    names = parser.parse_args().notebooks or ONE_RUN
+    if SPEED in names and not BENCH.exists():
+        parser.error(f"{SPEED} shows what this machine has measured: run `make bench` first")
+    folder, quick = RUNS / ("publish" if set(names) <= set(ONE_RUN) else "laptop"), RUNS / "quick"
+    copies = {BENCH: "08_bench.json"} if SPEED in names else {}
+    try:
+        if set(NOTEBOOKS) <= set(names):  # from scratch: times are those of a first run
+            for run in filter(Path.exists, (folder, quick)):
+                print("the last run is now in", run.rename(f"{run}-{time.strftime('%Y-%m-%d-%H%M%S')}"))
+            reproduce("smoke", str(quick), {}, (*NOTEBOOKS, BY_HAND, *STUDIES))
+            copies |= {folder / "timings.json": "timings.json", quick / "timings.json": "timings_smoke.json"}
+        reproduce("laptop", str(folder), {}, names)
+    except NotebookError as error:
+        parser.error(str(error))
+    for name in names:
+        copy_outputs(folder / "notebooks" / name, FOLDER / name)
+        copies |= {path: path.name for kind in ("figures", "results") for path in folder.glob(f"{kind}/{name[:2]}_*")}
+    for path, name in copies.items():
+        shutil.copy(path, FIGURES / name)
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"{len(names)} notebooks, {FIGURES.name}/ and the pages hold the run in {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""A run as one page that needs no network: `python -m flowerlib.lab.report --out runs/laptop`."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+from latex2mathml.converter import convert
+from nbconvert import HTMLExporter
+from PIL import Image
+
+from . import runs, store
+
+HEADS = {  # entry of a row → head of its column, where they differ
+    "seen": "seen titles", "mgu": "MGU", "h_bits": "H (bits)", "ttr": "TTR", "distinct": "distinct titles",
+    "gini": "Gini", "n_titles": "titles", "kl_target_model": "KL(target‖model), nats", "js": "JS",
+    "kl_model_target": "KL(model‖target)", "catalogue_mass": "mass on the catalogue", "name": "ours / the other way",
+    "peak_mb_so_far": "peak memory so far, MB", "matmul_1024_seconds": "1024 × 1024 matrix product then, seconds",
+}
+SETTINGS = {"reward": "reward {}", "alpha": "α = {:g}", "theta": "θ = {:g}", "guide": "weight {:g}"}
+FORMULA = re.compile(r"(```.+?```|`[^`\n]+`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$]+?)(?<![\s\\])\$(?![\w$])", re.S)
+PAGE = """{% extends 'lab/index.html.j2' %}
+{% block html_head_js_requirejs %}{% endblock %}
+{% block html_head_js_mathjax %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}
+{% block html_head_css %}<style>
+main { max-width: 72rem; margin: auto; } .jp-RenderedHTMLCommon figure img { max-width: 46rem; }
+@media print { h1 { break-before: page; } img, table, figure { break-inside: avoid; } }
+@media print { .jp-InputArea-editor { display: none; } }
+</style>{% endblock %}
+"""
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """A Markdown table of these entries of rows, numbers to three digits, columns aligned for a terminal."""
+    columns = [[HEADS.get(n, n.replace("_", " ")), "---", *(_text(row.get(n)) for row in rows)] for n in names]
+    aligned = [[text.ljust(max(map(len, column))) for text in column] for column in columns]
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*aligned))
+
+
+def _text(value: str | float | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    whole = abs(value) >= 99.95 or value == int(value)
+    return format(value, ",.0f" if whole else ".3f" if 0.01 <= abs(value) < 1 else "#.3g")
+
+
+def lists_table(rows: Sequence[Mapping[str, Any]], *without: str) -> str:
+    """Lists of all test users as Markdown, with 95% intervals, most accurate first; without: entries to leave out."""
+    table = [dict(row) for row in rows if row.get("part", "test") == "test"]
+    k = max(int(match[1]) for name in table[0] if (match := re.fullmatch(r"ndcg@(\d+)", name)))
+    table.sort(key=lambda row: (row["seen"] == "allowed", "normalised" in row["decoding"], -row[f"ndcg@{k}"]))
+    for row in table:
+        settings = [text.format(row[key]) for key, text in SETTINGS.items() if key in row]
+        row["method"] += f" ({', '.join(settings)})" if settings else ""
+        row["decoding"] = row["decoding"].replace("_", ", length-")
+        for name in (f"ndcg@{k}", f"hr@{k}", "dgu"):
+            row[name.upper()] = "{} [{}, {}]".format(*(_text(row[name + end]) for end in ("", "_lo", "_hi")))
+    names = f"method decoding seen seed NDCG@{k} HR@{k} DGU mgu h_bits ttr distinct gini".split()
+    return markdown(table, [name for name in names if name not in without])
+
+
+def fit_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Fits of a known distribution as Markdown: medians over seeds, and the range of KL(target‖model)."""
+    groups = pd.DataFrame(rows).groupby(["n_titles", "target", "method", "paths", "budget"])
+    spread = groups.kl_target_model.agg(seeds="size", least="min", most="max")
+    table = groups.median(numeric_only=True).join(spread).reset_index()
+    drawn = table.paths.isin(["policy", "schedule"]) & (table.method != "rloo")
+    table["method"] = table.method.map(runs.METHOD_NAMES) + (", paths " + table.paths).where(drawn, "")
+    rows = table.sort_values(["n_titles", "target", "kl_target_model"]).to_dict("records")
+    names = "n_titles target method kl_target_model seeds least most kl_model_target js catalogue_mass forward_tokens"
+    return markdown(rows, [*names.split(), "seconds"])
+
+
+def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What `make bench` measured, as Markdown: ratios of times, taken in turns in one process."""
+    words = {None: "tried", True: "yes", False: "**no**"}
+    table = [{**row, "within_bound": words[row["bound"] and row["ratio"] <= row["bound"]]} for row in rows]
+    return markdown(table, "name predicted ratio least most bound within_bound".split())
+
+
+def timing_table(timings: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Times and memory of these notebooks as Markdown, from a run's timings.json."""
+    table = [timings[name] | {"notebook": Path(name).stem} for name in names]
+    table.append({"notebook": "**together**", "seconds": sum(row["seconds"] for row in table)})
+    return markdown(table, "notebook seconds peak_mb_so_far matmul_1024_seconds".split())
+
+
+def report(folder: Path) -> Path:
+    """Writes `folder`/report.html: results (tables, figures, what they say), the executed notebooks, then provenance.
+    Raises FileNotFoundError if no notebook was executed there, ValueError if a results file is damaged."""
+    notebooks = {path.stem: nbformat.read(path, 4) for path in sorted((folder / "notebooks").glob("*.ipynb"))}
+    if not notebooks:
+        raise FileNotFoundError(f"{folder} holds no executed notebook: run `make reproduce` first")
+    first, last = map(nbformat.v4.new_markdown_cell, (_results(folder, notebooks), _provenance(folder / "results")))
+    cells = [first, *(cell for notebook in notebooks.values() for cell in notebook.cells), last]
+    for n, cell in enumerate(cells, 1):
+        cell["id"] = str(n)
+        if cell.cell_type == "markdown":
+            cell.source = FORMULA.sub(_mathml, cell.source)
+        elif cell.cell_type == "code":
+            _clean(cell, folder / "figures")
+    joint = nbformat.v4.new_notebook(cells=cells, metadata={"title": f"Flower, {folder.name}"})
+    with store.atomic(folder / "report.html") as new:
+        new.write_text(HTMLExporter(raw_template=PAGE).from_notebook_node(joint)[0], encoding="utf-8")
+    return folder / "report.html"
+
+
+def is_noise(output: Mapping[str, Any]) -> bool:
+    """Whether a cell's output is a progress bar, a widget or a warning."""
+    return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
+def headline(folder: Path) -> str:
+    """What run this is, in one line."""
+    document = runs.read_document(folder / "results" / "04_bias_and_diversity.json")
+    used = document["rows"][0] | document["provenance"]["settings"]
+    line = "Profile {profile}: {dataset}, model {model}, {n_users:,} test rows, one seed.".format_map(used)
+    tiny = " A tiny random model: it shows that everything runs, not which method is better."
+    return line + tiny if used["model"] == "tiny" else line
+
+
+def _results(folder: Path, notebooks: Mapping[str, Any]) -> str:
+    """Notebook 04's headline and table if it ran; then each notebook's task, table, figures and what these say."""
+    results, parts = folder / "results", ["# Flower: results"]
+    if (results / "04_bias_and_diversity.json").exists():
+        parts += [headline(folder), lists_table(runs.read_results(results / "04_bias_and_diversity.json"))]
+    for name, notebook in notebooks.items():
+        # papermill puts a cell of its own before the first one of a notebook that stopped with an error
+        texts = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+        heading, _, task = next((text[2:] for text in texts if text.startswith("# ")), name).partition("\n\n")
+        parts += [f"## [{heading}](#{heading.replace(' ', '-')})", task.split("\n\n")[0].removeprefix("**Do.** ")]
+        if any(output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", [])):
+            parts.append("**This notebook stopped with an error**: see there.")
+        table, path = {"05": fit_table, "07": lists_table}.get(name[:2]), results / f"{name}.json"
+        if table and path.exists():
+            parts.append(table(runs.read_results(path)))
+        for path in sorted((folder / "figures").glob(f"{name[:2]}_*.png")):
+            text, data = escape(_titles(path)), base64.b64encode(path.read_bytes()).decode()
+            image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
+            parts.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
+    return "\n\n".join(parts)
+
+
+def _titles(figure: Path) -> str:
+    """The titles that a figure was saved with."""
+    return Image.open(figure).text.get("Title") or figure.stem
+
+
+def _clean(cell: Any, figures: Path) -> None:
+    """Takes noise out of a cell, and gives its pictures the titles of the figure that it saves as alternative text."""
+    named = re.search(r'"figures" / "(\w+\.png)"', cell.source)
+    saved = figures / named[1] if named else figures
+    text = _titles(saved) if saved.is_file() else "figure: " + cell.source.split("\n")[0]
+    cell.outputs = [output for output in cell.get("outputs", []) if not is_noise(output)]
+    for output in cell.outputs:
+        if "image/png" in output.get("data", {}):
+            output.metadata["image/png"] = output.metadata.get("image/png", {}) | {"alt": text}
+
+
+def _provenance(results: Path) -> str:
+    """Settings, versions, commit and times of every results file; several values of one entry side by side."""
+    columns = {}
+    for path in sorted(results.glob("*.json")):
+        source = runs.read_document(path)["provenance"]
+        versions = pd.json_normalize(source.get("versions", {})).to_dict("list")
+        columns[path.stem] = pd.json_normalize(source | {"versions": versions}, sep=" ").iloc[0].to_dict()
+    text = pd.DataFrame(columns).map(lambda x: ", ".join(dict.fromkeys(map(str, x))) if isinstance(x, list) else x)
+    with pd.option_context("display.max_colwidth", None):
+        table = text.fillna("").to_html(border=0)
+    return f"# Settings and provenance\n\nOne column a results file of `{results.parent.name}/results`.\n\n{table}"
+
+
+def _mathml(match: re.Match[str]) -> str:
+    """A formula as MathML; code, and a formula that the converter does not know, as they were."""
+    try:
+        return match[1] or convert(match[2] or match[3], display="block" if match[2] else "inline").replace("\n", "")
+    except Exception:  # the converter has no error class of its own
+        return match[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="runs/laptop", help="folder of the run, from the project's root")
+    try:
+        print(f"report: {report(store.ROOT / parser.parse_args().out)}")
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

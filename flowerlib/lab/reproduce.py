@@ -1,0 +1,173 @@
+"""Runs the numbered notebooks in order with papermill: `python -m flowerlib.lab.reproduce --profile laptop`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import runs, store
+from .settings import PROFILES, Settings, literal, settings
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+NOTEBOOKS = (
+    "01_prepare_the_data.ipynb", "02_train_sft.ipynb", "03_train_flower.ipynb", "04_bias_and_diversity.ipynb",
+)
+BY_HAND = "00_follow_the_flow.ipynb"
+FIT, CURVES = "05_fit_a_known_distribution.ipynb", "06_popularity_curves.ipynb"  # stand by themselves
+COMPARISON = "07_which_title_next.ipynb"  # needs 01 alone
+SPEED = "08_how_fast.ipynb"  # draws what `make bench` has measured
+EXPLORERS = "09_explore.ipynb"  # looks at what 01 to 04 have left
+STUDIES = (FIT, CURVES, COMPARISON, SPEED, EXPLORERS)  # `make study`: 05 and 07 take long
+READS = {  # notebooks whose results a notebook reads
+    NOTEBOOKS[1]: NOTEBOOKS[:1], NOTEBOOKS[2]: NOTEBOOKS[:2], NOTEBOOKS[3]: NOTEBOOKS[:3], COMPARISON: NOTEBOOKS[:1],
+    EXPLORERS: (*NOTEBOOKS, COMPARISON),
+}
+FOLDER = store.ROOT / "notebooks"
+BENCH = store.ROOT / "runs" / "bench.json"  # what `make bench` writes and notebook 08 reads
+
+
+class NotebookError(RuntimeError):
+    """A notebook stopped with an error; the message names both."""
+
+
+def parameters(notebook: Path) -> list[str]:
+    """Names in the notebook's cell tagged `parameters`."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    return [node.target.id for node in ast.parse(source).body if isinstance(node, ast.AnnAssign)]
+
+
+def reproduce(
+    profile: str, out: str | None, overrides: Mapping[str, Any], only: Sequence[str] = NOTEBOOKS, fresh: bool = False
+) -> Path:
+    """Runs the notebooks whose parameters, code or inputs have changed since their last complete run.
+
+    Executed notebooks, results and figures lie in the folder that is returned. Each override goes to every notebook
+    that has a parameter of its name; the notebooks after it read it from the run's folder.
+
+    Args:
+        fresh: run these notebooks anew, and make anew all work that they find from before.
+
+    Raises:
+        ValueError: unknown profile, a parameter that no notebook has, or a value out of its range.
+        NotebookError: a notebook stopped with an error.
+    """
+    settings(profile)
+    names = {name: parameters(FOLDER / name) for name in only}
+    for key in overrides:
+        if key in ("PROFILE", "OUT") or not any(key in known for known in names.values()):
+            everything = sorted({key for known in names.values() for key in known} - {"PROFILE", "OUT"})
+            raise ValueError(f"no notebook has a parameter {key!r}: there are {', '.join(everything)}")
+    for fit in {name == FIT for name in only}:
+        known = {key for name in only for key in names[name] if (name == FIT) == fit and hasattr(Settings, key)}
+        settings(profile, fit=fit, **{key: value for key, value in overrides.items() if key in known})
+    if fresh:
+        os.environ[store.FRESH] = str(time.time())
+    folder = runs.output_dir(profile, out)
+    library = store.digest(*(path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py"))))
+    for name in only:
+        given = {"PROFILE": profile, "OUT": str(folder)} | {k: v for k, v in overrides.items() if k in names[name]}
+        brought = [value for key, value in given.items() if key.endswith("_path") or key == "model"]
+        inputs = [_outputs(folder, other) for other in READS.get(name, ())] + [_state(str(BENCH))] * (name == SPEED)
+        origin = {"given": given, "library": library, "cells": _cells(FOLDER / name), "inputs": inputs,
+                  "files": [_state(path) for path in brought if path]}
+        record = folder / "notebooks" / f"{Path(name).stem}.json"
+        if (done := store.find(record, origin)) and done["outputs"] == _outputs(folder, name):
+            print(f"{name}: unchanged since its last complete run, skipped", flush=True)
+            continue
+        print(f"\n{name}", flush=True)
+        seconds = _run(name, given, folder)
+        source = {"commit": store.commit(), "seconds": round(seconds, 1)}
+        store.keep(record, origin, source, outputs=_outputs(folder, name))
+    return folder
+
+
+def _state(path: str) -> list[Any]:
+    """What tells whether a file, or the files in a folder, have changed: names, sizes and times; nothing for others."""
+    place = store.ROOT / Path(path).expanduser()
+    files = [place] if place.is_file() else sorted(place.glob("*"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _outputs(folder: Path, name: str) -> str:
+    """A name for what a notebook left: itself, its results and, of 01 to 03, the mark of the finished step."""
+    paths = [*sorted((folder / "results").glob(f"{name[:2]}_*.json")), folder / "notebooks" / name]
+    paths += [folder / step / "settings.json" for step, notebook in runs.STEPS.items() if notebook == name]
+    return store.digest(*(path.read_bytes() if path.exists() else b"" for path in paths))
+
+
+def _cells(notebook: Path) -> str:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return store.digest([c["source"] for c in cells if c["cell_type"] == "code"])
+
+
+def _run(name: str, given: Mapping[str, Any], folder: Path) -> float:
+    """Executes a notebook into the run's folder → its seconds, which timings.json gets as well."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    logging.getLogger("papermill").addHandler(logging.NullHandler())  # the streams below show it already
+    executed = folder / "notebooks" / name
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    try:
+        papermill.execute_notebook(
+            FOLDER / name, executed, parameters=dict(given), kernel_name="python3", cwd=FOLDER, log_output=True,
+            stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False, extra_arguments=["--log-level=ERROR"],
+        )
+    except papermill.PapermillExecutionError as error:
+        raise NotebookError(f"{name} stopped with {error.ename}: {error.evalue} (see {executed})") from None
+    except DeadKernelError:
+        raise NotebookError(f"{name} died without a word, as it does when memory or the disk is full") from None
+    seconds = time.perf_counter() - start
+    path = folder / "timings.json"
+    timings = store.read_json(path) if path.exists() else {}
+    timings[name] = {"seconds": round(seconds, 1), "matmul_1024_seconds": store.matmul_seconds()}
+    if resource:
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**(2 if sys.platform == "darwin" else 1)
+        timings[name]["peak_mb_so_far"] = round(peak)
+    store.write_json(path, timings)
+    print(f"{name}: {seconds:.0f} s", flush=True)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="laptop", help=f"one of {', '.join(PROFILES)}")
+    parser.add_argument("--out", help="folder of the run, from the project's root (default: runs/<profile>)")
+    parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", type=literal,
+                        help="a notebook parameter, as often as needed")
+    parser.add_argument("--fresh", action="store_true", help="make anew what was made before by the same settings")
+    stems = [Path(name).stem for name in (BY_HAND, *NOTEBOOKS, *STUDIES)]
+    parser.add_argument("--only", action="append", choices=stems, metavar="NOTEBOOK",
+                        help=f"one notebook alone, as often as needed: {', '.join(stems)}")
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    names = tuple(f"{name}.ipynb" for name in args.only) if args.only else NOTEBOOKS
+    try:
+        folder = reproduce(args.profile, args.out, dict(args.parameter), names, args.fresh)
+    except (ValueError, NotebookError) as error:
+        raise SystemExit(f"error: {error}") from None
+    from . import report
+
+    if NOTEBOOKS[-1] in names:
+        rows = runs.read_results(folder / "results" / f"{Path(NOTEBOOKS[-1]).stem}.json")
+        print(f"\n{report.headline(folder)}\n\n{report.lists_table(rows)}\n")
+    print(f"report: {report.report(folder)}\nexecuted notebooks: {folder / 'notebooks'}")
+    print(f"figures: {folder / 'figures'}\nresults: {folder / 'results'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""A run's folder: which steps are done, results with their provenance, figures. What every notebook starts and ends with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from . import store
+from .settings import FIT_LOSSES, PREFERENCE_LOSSES, Settings, settings
+
+METHODS = (
+    "Popularity", "ItemKNN", "EASE", "Preference", "SFT", "Temperature", "D3", "IFairLRS", "SFT, one target", "Flower",
+    "Flower-KL",
+)
+DECODINGS = ("top", "beam", "beam_normalised", "stochastic")  # top: the highest scores of the whole catalogue
+SEEN = ("excluded", "allowed")
+METHOD_NAMES = {
+    "exact_ce": "every edge (cross-entropy)", "exact_squared": "every edge (squared)", "subtree_ce": "drawn subtrees",
+    "sft": "SFT", "subtb": "Flower's SubTB", "tb": "TB", "db": "DB", "modified_subtb": "modified SubTB",
+    "divergence": "Flower-KL's divergence", "dpo": "DPO", "rloo": "RLOO",
+}
+STEPS = {  # folder that holds a step's settings.json → the notebook that writes it
+    "data": "01_prepare_the_data.ipynb", "sft": "02_train_sft.ipynb", "flower": "03_train_flower.ipynb",
+}
+
+
+def output_dir(profile: str, out: str | None) -> Path:
+    """The folder of a run: `out`, or runs/<profile>; a relative path counts from the project's root.
+
+    Raises:
+        ValueError: unknown profile.
+    """
+    settings(profile)
+    path = store.ROOT / (out or f"runs/{profile}")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def require(out: Path, step: str) -> Path:
+    """The folder of a finished step ("data", "sft" or "flower") of a run.
+
+    Raises:
+        FileNotFoundError: the step is not finished; the message names the notebook to run.
+    """
+    if not (out / step / "settings.json").exists():
+        raise FileNotFoundError(
+            f"{out / step} is missing, or an earlier notebook ran after it: run notebooks/{STEPS[step]} with this PROFILE "
+            "and OUT first (a finished training is not done again)"
+        )
+    return out / step
+
+
+def begin(out: Path, step: str) -> Path:
+    """The folder of a step that begins anew: it and the steps after it count as unfinished until they end again."""
+    names = list(STEPS)
+    for name in names[names.index(step) :]:
+        (out / name / "settings.json").unlink(missing_ok=True)
+    return out / step
+
+
+def finish(out: Path, step: str, used: Settings, made: Path | None = None) -> None:
+    """Marks a step as done: the last thing that its notebook does. made: folder inside the step's, of its training."""
+    write = {"settings": asdict(used), "made": made.name if made else None}
+    store.write_json(out / step / "settings.json", write)
+
+
+def write_results(
+    path: str | Path, rows: Sequence[Mapping[str, Any]], sources: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+) -> None:
+    """Writes `{"provenance": …, "rows": rows}` atomically, floats rounded to 6 significant digits.
+
+    Args:
+        sources: provenance of the work behind the rows, written when that was done. Of several, each entry that differs is
+            a list of its different values, and `seconds` is the sum.
+
+    Raises:
+        ValueError: a row's method, decoding or seen is unknown; a value is not finite.
+    """
+    allowed = {"method": METHODS + FIT_LOSSES + PREFERENCE_LOSSES, "decoding": DECODINGS, "seen": SEEN}
+    rounded = []
+    for i, row in enumerate(rows):
+        for key, values in allowed.items():
+            if key in row and row[key] not in values:
+                raise ValueError(f"row {i}: {key} {row[key]!r} is not one of {', '.join(values)}")
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"row {i}: {key} is {value}")
+        rounded.append({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()})
+    source = joint_provenance([sources] if isinstance(sources, Mapping) else sources)
+    store.write_json(path, {"provenance": source, "rows": rounded})
+
+
+def joint_provenance(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several pieces of work as one: the last one's settings, all seconds added (of equal ones, which are one piece of work,
+    once), lists where the rest differs."""
+    sources = [source for i, source in enumerate(sources) if source not in sources[:i]]
+    sources = [source for i, source in enumerate(sources) if source not in sources[:i]]  # each piece of work once
+    joint = dict(sources[-1])
+    for key in {key for source in sources for key in source} - {"settings", "seconds", "matmul_1024_seconds"}:
+        values = []
+        for source in sources:
+            if source.get(key) not in values:
+                values.append(source.get(key))
+        joint[key] = values[0] if len(values) == 1 else values
+    return joint | {"seconds": round(sum(source["seconds"] for source in sources), 1)}
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a results file."""
+    return read_document(path)["rows"]
+
+
+def read_document(path: str | Path) -> dict[str, Any]:
+    """A results file as `write_results` writes it: rows and provenance.
+
+    Raises:
+        ValueError: it is damaged; the message names it.
+    """
+    document = store.read_json(path)
+    if not {"rows", "provenance"} <= set(document):
+        raise ValueError(f"{path} is damaged: remove it and run its notebook again")
+    return document
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Saves a matplotlib figure atomically as PNG, its axes' titles with it; without a date, so that equal figures are
+    equal files."""
+    titles = (axes.get_title() or axes.get_title("left") for axes in figure.axes)
+    text = "; ".join(" ".join(title.split()) for title in titles if title)
+    with store.atomic(path) as new:
+        figure.savefig(new, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None, "Title": text})

@@ -1,0 +1,139 @@
+"""Work that is kept: written whole or not at all, known by what it was made from, with its origin beside it.
+
+A kept thing is a JSON record, or a folder whose record is its made.json, written last. The record holds `made_from`, the
+settings and data that it depends on, and `provenance`. The same settings and data are never worked on twice, whatever the
+code. Nothing here removes kept work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+import timeit
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..model import ROOT
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "pandas")
+FRESH = "FLOWERLIB_FRESH"  # environment variable: work from before this moment (seconds since 1970) is made again
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary sibling of `path` to write, a file or a folder. It replaces `path` when the block ends well; after an
+    error it is removed and `path` is as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        yield new
+        if path.is_dir():  # a folder cannot be replaced in one step: move the old one aside first
+            os.replace(path, Path(folder) / "old")
+        os.replace(new, path)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON atomically. Raises ValueError for NaN and infinity."""
+    with atomic(path) as new:
+        new.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds. Raises ValueError, naming the file, where it is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path} is damaged: remove it and run its notebook again") from None
+
+
+def digest(*parts: Any) -> str:
+    """12 hexadecimal digits that name these parts: bytes, arrays and tensors by content, all else by its JSON."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().numpy(force=True)
+        if isinstance(part, np.ndarray):
+            part = np.ascontiguousarray(part).tobytes()
+        elif not isinstance(part, bytes):
+            part = json.dumps(part, sort_keys=True).encode()
+        sha.update(len(part).to_bytes(8, "big") + part)
+    return sha.hexdigest()[:12]
+
+
+def find(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record at `path` if it is there and made from just this, else None. Says so if another commit made it."""
+    if not path.exists() or path.stat().st_mtime < float(os.environ.get(FRESH, 0)):
+        return None
+    record = read_json(path)
+    if record.get("made_from") != json.loads(json.dumps(made_from)):
+        return None
+    made_by = record["provenance"]["commit"]
+    if made_by != commit():
+        name = path.parent.name if path.name == "made.json" else path.stem
+        print(f"{name}: made by commit {made_by}, taken as it is (--fresh makes it again)", flush=True)
+    return record
+
+
+def keep(path: Path, made_from: Mapping[str, Any], source: Mapping[str, Any], **content: Any) -> dict[str, Any]:
+    """Writes the record of a finished piece of work, as `find` reads it."""
+    write_json(path, {"made_from": made_from, "provenance": source, **content})
+    return read_json(path)
+
+
+def provenance(settings: Mapping[str, Any], seconds: float, bfloat16: bool = False) -> dict[str, Any]:
+    """Where a result comes from; call it when the result is computed. made_at is in UTC; matmul_1024_seconds says how fast
+    the machine was at that moment.
+
+    Args:
+        settings: all of them, profile and seed among them.
+        seconds: that the computation took. bfloat16: whether a language model was trained in it.
+    """
+    return {
+        "settings": dict(settings), "bfloat16": bfloat16, "seconds": round(seconds, 1),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "threads": torch.get_num_threads(), "commit": commit(), "matmul_1024_seconds": matmul_seconds(),
+        "made_at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+    }
+
+
+@lru_cache
+def commit() -> str:
+    """The commit of this code, "+changes" behind it where files differ from it; "unknown" outside a repository."""
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@lru_cache
+def processor() -> str:
+    """The processor's model name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def matmul_seconds(n: int = 1024, repeats: int = 5) -> float:
+    """Median seconds of one float32 (n, n) matrix product."""
+    a = torch.ones(n, n)
+    return float(np.median(timeit.repeat(lambda: a @ a, number=1, repeat=repeats)))

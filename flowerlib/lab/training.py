@@ -1,0 +1,332 @@
+"""From rows to a tuned model on disk: frozen layers run once, one trainer for SFT, Flower and Flower-KL, nothing done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging, set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import get_last_checkpoint
+
+from .. import data
+from ..model import Backbone, Catalogue, split_layers
+from ..train import OF_FLOWER, Objective, Rows, TrainSettings, collate, training_rows, validation_rows
+from ..tree import left_padded, positions
+from . import sources, store
+
+
+def run_trunk(rows: Rows, trunk: PreTrainedModel, folder: Path, name: str, batch_size: int = 16) -> None:
+    """Runs the frozen layers once over all rows; their output stays on disk as float16, memory-mapped.
+
+    The file is folder/<name>-<digest of rows and weights>.npy.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{store.digest(rows.start, *rows.input_ids, *trunk.parameters())}.npy"
+    if not path.exists():
+        shape = (int(rows.start[-1]), trunk.config.hidden_size)
+        needed, free = 2 * shape[0] * shape[1], shutil.disk_usage(folder).free
+        if needed > free:  # a memory-mapped file that outgrows the disk would kill the process
+            raise OSError(f"{folder} needs {needed >> 20:,} MB and the disk has {free >> 20:,} MB free: make room")
+        with store.atomic(path) as new:
+            out = np.lib.format.open_memmap(new, mode="w+", dtype=np.float16, shape=shape)
+            order = sorted(range(len(rows)), key=lambda i: -len(rows.input_ids[i]))
+            for first in tqdm(range(0, len(order), batch_size), desc="frozen layers, once", unit="batch"):
+                batch = order[first : first + batch_size]
+                for i, states in zip(batch, _states(rows, trunk, batch), strict=True):
+                    out[rows.start[i] : rows.start[i + 1]] = states
+            out.flush()
+            del out
+    rows.hidden = np.load(path, mmap_mode="r")
+
+
+@torch.no_grad()
+def _states(rows: Rows, trunk: PreTrainedModel, batch: Sequence[int]) -> list[np.ndarray]:
+    ids, mask = (x.to(trunk.device) for x in left_padded([rows.input_ids[i].tolist() for i in batch]))
+    states = trunk(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).last_hidden_state.half()
+    if not torch.isfinite(states[mask.bool()]).all():
+        raise ValueError("the frozen layers' output leaves float16's range: set frozen_layers to 0")
+    return [row[-len(rows.input_ids[i]) :] for i, row in zip(batch, states.numpy(force=True))]
+
+
+class LikeLengths(Sampler[int]):
+    """Indices in an order that puts rows of like length into one batch, a fifth less padding; random by epoch.
+
+    transformers' own `group_by_length` draws its order anew when a run resumes; this one goes on where it was.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class FlowerTrainer(Trainer):
+    """transformers' Trainer with the loss of an `Objective`."""
+
+    def __init__(self, *args: Any, objective: Objective, **kwargs: Any):
+        super().__init__(*args, data_collator=collate, **kwargs)
+        self.objective, self.model_accepts_loss_kwargs = objective, False
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def _get_train_sampler(self, train_dataset: Rows | None = None) -> Sampler[int]:
+        rows = train_dataset or self.train_dataset
+        together = self.args.train_batch_size * self.args.world_size
+        return LikeLengths(list(map(len, rows.input_ids)), together, self.args.seed)
+
+    def compute_loss(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        parts = {}
+        for name, (mean, weight) in self.objective(model, inputs).items():
+            parts[name] = self._over_processes(mean, weight)
+            key = name if model.training else f"eval_{name}"
+            self._parts.setdefault(key, []).append(parts[name].detach())
+        loss = self.objective.total(parts)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _over_processes(self, mean: Tensor, weight: Tensor) -> Tensor:
+        """The mean of this process's terms, scaled so that the processes' average is the mean over the terms of all."""
+        n = self.accelerator.num_processes
+        return mean if n == 1 else mean * weight * n / self.accelerator.reduce(weight.float(), "sum")
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the parts of the loss, averaged since the last log, to transformers' own record."""
+        prefix = "eval_" if "eval_loss" in logs else ""
+        for key in [k for k in self._parts if k.startswith("eval_") == bool(prefix)]:
+            logs[key] = float(self.accelerator.reduce(torch.stack(self._parts.pop(key)).mean(), "mean"))
+        super().log(logs, *args, **kwargs)
+
+
+class OneBar(TrainerCallback):
+    """One tqdm bar over the steps, with the last losses beside it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        self.bar.set_postfix({k: f"{v:.3f}" for k, v in (logs or {}).items() if k in ("loss", "eval_loss")})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def log_table(history: list[dict[str, float]]) -> pd.DataFrame:
+    """transformers' record of a training as columns step, kind ("train" or "validation"), loss, and sft and flow."""
+    records = []
+    for entry in history:
+        for kind, prefix in (("train", ""), ("validation", "eval_")):
+            if f"{prefix}loss" in entry:
+                record = {"step": entry["step"], "kind": kind, "loss": entry[f"{prefix}loss"]}
+                records.append(record | {k: entry[prefix + k] for k in ("sft", "flow") if prefix + k in entry})
+    return pd.DataFrame(records)
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether this machine's GPU, or without one its CPU, has instructions for bfloat16; elsewhere it would be slow."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+@lru_cache
+def base_digest(path: str | Path) -> str:
+    """A name for the weights in a model's folder, by content; a hub id, or "tiny", is its own name."""
+    files = sorted(p for p in Path(path).glob("*") if p.suffix in (".json", ".safetensors", ".bin"))
+    return store.digest(*(file.read_bytes() for file in files)) if files else str(path)
+
+
+def digest_of(tables: data.Tables) -> str:
+    """12 hexadecimal digits that name what a model learns from: ids and titles of items, rows of train and valid."""
+    index = pd.Index(tables.items.item_id)
+    parts: list[Any] = [tables.items.item_id.tolist(), tables.items.title.tolist()]
+    for rows in (tables.train, tables.valid):
+        flat, offsets = data.histories(rows)
+        users = rows.user_id.tolist() if "user_id" in rows else []
+        parts += [[len(flat), len(rows)], users, index.get_indexer(flat), offsets, index.get_indexer(rows.target)]
+    return store.digest(*parts)
+
+
+def made_from(
+    settings: TrainSettings, tables: data.Tables, log_item_rewards: Tensor | None = None,
+    preference: torch.nn.Module | None = None, leaf_weights: Tensor | None = None,
+) -> dict[str, Any]:
+    """What a tuned model depends on: the settings that touch its method, and names of the data and weights."""
+    sft = log_item_rewards is None or settings.theta == 1
+    names = [f.name for f in fields(TrainSettings) if f.name != "model" and not (sft and f.name in OF_FLOWER)]
+    used = {name: getattr(settings, name) for name in names} | {"theta": 1.0 if sft else settings.theta}
+    used |= {"bfloat16": settings.bfloat16 and computes_in_bfloat16(), "data": digest_of(tables),
+             "base": base_digest(sources.model_folder(settings.model))}
+    used["weights"] = None if leaf_weights is None else store.digest(leaf_weights)
+    if not sft:
+        used["item_rewards"] = store.digest(log_item_rewards)
+        used["preference"] = store.digest(*preference.parameters()) if settings.reward != "none" else None
+    return used
+
+
+def finetune(
+    backbone: Backbone, tables: data.Tables, settings: TrainSettings, folder: Path, cache: Path,
+    log_item_rewards: Tensor | None = None, preference: torch.nn.Module | None = None, leaf_weights: Tensor | None = None,
+) -> tuple[pd.DataFrame, Path]:
+    """Tunes the backbone's model in place and saves it, with tokenizer and items, ready for `recommend`.
+
+    The checkpoint of the lowest validation loss stays. A killed run resumes from its last checkpoint, and a finished one
+    is taken as it is, if settings and data are the same (`made_from`); others beside it stay as they are.
+
+    Deviation: the paper stops once two validations in a row were no better; here all `epochs` are run.
+
+    Args:
+        folder: gets a folder <method>-<digest> for this training.
+        cache: folder for the frozen layers' output, shared by the runs on one backbone.
+        log_item_rewards: (n_items,) log R in nats for Flower; None is SFT.
+        preference: p_ui, needed by every reward but "none". leaf_weights: as `Objective` takes them.
+
+    Returns:
+        The log: columns step, loss, kind ("train" or "validation"), sft and flow (nats a token; nats² or nats a node); and
+        the folder of this training.
+
+    Raises:
+        ValueError: a title or a row is longer than the model's context; sampled paths behind frozen layers; a reward
+            that is not positive; a batch that does not part evenly over the processes.
+    """
+    settings = settings if log_item_rewards is not None else replace(settings, theta=1.0)
+    if settings.theta < 1 and settings.frozen_layers and settings.paths != "logged":
+        raise ValueError("paths that are drawn need every layer at hand: set frozen_layers and tuned_layers to 0 in 02")
+    model, _, catalogue = backbone
+    origin = made_from(settings, tables, log_item_rewards, preference, leaf_weights)
+    folder = folder / f"{settings.method}-{store.digest(origin)}"
+    record = store.find(folder / "made.json", origin)
+    if record is not None:
+        print(f"{folder.name}: trained already with these settings, taken as it is", flush=True)
+        model.load_state_dict(type(model).from_pretrained(folder / "model", dtype=torch.float32).state_dict())
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return pd.DataFrame(record["log"]), folder
+    rows, valid = training_rows(catalogue, tables, settings), validation_rows(catalogue, tables, settings)
+    _check_lengths(model, catalogue, (rows, valid))
+    rewards = torch.zeros(catalogue.trie.n_items) if log_item_rewards is None else log_item_rewards
+    start, arguments = time.perf_counter(), _arguments(settings, folder / "checkpoints", len(rows))
+    tuned = model.to(arguments.device)
+    set_seed(settings.seed)
+    with arguments.main_process_first():  # where several processes train
+        last = last_checkpoint(folder / "checkpoints")
+        if settings.frozen_layers:
+            trunk, tuned = split_layers(model, settings.frozen_layers)
+            tuned.get_input_embeddings().requires_grad_(False)
+            with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
+                for part, name in ((rows, "train"), (valid, "valid")):
+                    run_trunk(part, trunk, cache, f"{name}_bfloat16" if arguments.bf16 else name)
+    if settings.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear")
+        tuned = get_peft_model(tuned, config)
+    logging.set_verbosity_error()
+    objective = Objective(catalogue.trie, rewards, settings, preference, leaf_weights, arguments.device)
+    trainer = FlowerTrainer(tuned, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()], objective=objective)
+    trainer.remove_callback(PrinterCallback)
+    torch.manual_seed(settings.seed + 1_000_003 * arguments.process_index)  # every process draws paths of its own
+    trainer.train(resume_from_checkpoint=last)
+    trainer.accelerator.unwrap_model(tuned, keep_fp32_wrapper=False)  # bfloat16 is for training alone
+    if settings.lora_rank:
+        tuned.merge_and_unload()
+    log = log_table(trainer.state.log_history)
+    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if tuned is model else None  # where it is sharded
+    if trainer.is_world_process_zero():
+        with store.atomic(folder / "model") as new:
+            model.eval().save_pretrained(new, state_dict=whole)
+            backbone.tokenizer.save_pretrained(new)
+        tables.items.to_parquet(folder / "items.parquet", index=False)
+        source = store.provenance(asdict(settings), time.perf_counter() - start, arguments.bf16)
+        source["resumed"] = last is not None  # then the seconds are those since
+        store.keep(folder / "made.json", origin, source, log=json.loads(log.to_json(orient="records")))
+    trainer.accelerator.wait_for_everyone()
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return log, folder
+
+
+def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, parts: Sequence[Rows]) -> None:
+    """Refuses a title or a row that is longer than the model's context."""
+    limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    lengths = [len(sequence) for sequence in catalogue.sequences]
+    item = int(np.argmax(lengths))
+    if len(catalogue.context([])) + lengths[item] > limit:
+        raise ValueError(
+            f"item {item}, {catalogue.titles[item][:60]!r}, has {lengths[item]} tokens; prompt and title together may "
+            f"have {limit}: shorten the title"
+        )
+    longest = max(len(ids) for rows in parts for ids in rows.input_ids) + catalogue.trie.max_depth
+    if longest > limit:
+        raise ValueError(f"a row may grow to {longest} tokens and the model reads {limit}: lower max_history")
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last whole checkpoint of a killed run; half-written ones are removed."""
+    if not folder.exists() or folder.stat().st_mtime < float(os.environ.get(store.FRESH, 0)):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    for half in folder.glob("checkpoint-*"):
+        if not (half / TRAINER_STATE_NAME).exists():  # written last
+            shutil.rmtree(half)
+    return get_last_checkpoint(folder)
+
+
+def _parted(batch_size: int, device_batch: int, processes: int) -> tuple[int, int]:
+    """Rows that each process takes at once, and how often, so that all together see `batch_size` rows a step."""
+    times = -(-batch_size // (device_batch * processes))
+    rows, rest = divmod(batch_size, times * processes)
+    if rest:
+        raise ValueError(
+            f"batch_size {batch_size} does not part into equal batches of at most {device_batch} rows (device_batch) for "
+            f"{processes} processes: make it a multiple of {times * processes}"
+        )
+    return rows, times
+
+
+def _arguments(settings: TrainSettings, folder: Path, n_rows: int) -> TrainingArguments:
+    total = max(1, round(settings.epochs * n_rows / settings.batch_size))
+    every = -(-total // settings.evaluations)
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # set by `accelerate launch`
+    at_a_time, accumulated = _parted(settings.batch_size, settings.device_batch, processes)
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=at_a_time, per_device_eval_batch_size=2 * at_a_time,
+        gradient_accumulation_steps=accumulated,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=total // 20, max_steps=total, eval_strategy="steps",
+        eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", logging_steps=max(1, total // 50), report_to="none", seed=settings.seed,
+        remove_unused_columns=False, label_names=["nodes"], prediction_loss_only=True, disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),  # else several CPU processes would not know of each other
+        bf16=settings.bfloat16 and computes_in_bfloat16(), dataloader_pin_memory=torch.cuda.is_available(), max_grad_norm=1.0,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # transformers would put a batch on each device that it sees
+    return arguments

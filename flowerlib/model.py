@@ -1,0 +1,329 @@
+"""The language model and its catalogue: loaded, cut to size, split where its lower layers are frozen, titles encoded."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pandas as pd
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed,
+)
+
+from .data import item_leaves
+from .trie import TitleTrie
+
+if TYPE_CHECKING:
+    from .train import TrainSettings
+
+
+ROOT = Path(__file__).resolve().parent.parent  # relative folders count from here
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The titles as the model sees them, encoded once for tree, prompts, training targets and decoding alike.
+
+    Attributes:
+        titles: one per item; items with equal titles share a leaf of the tree.
+        sequences: tokens of each title, then the terminator ⊤.
+        trie: the prefix tree of `sequences`; its leaf ids are those of `data.item_leaves`.
+        header, separator, footer: token lists; a prompt is header, title, separator, title, separator, …, footer.
+        eos: what follows a target in training, or None.
+    """
+
+    titles: list[str]
+    sequences: list[list[int]]
+    trie: TitleTrie
+    header: list[int]
+    separator: list[int]
+    footer: list[int]
+    eos: int | None
+
+    @classmethod
+    def build(
+        cls, tokenizer: PreTrainedTokenizerFast, titles: Sequence[str], category: str, rows: str = "sequence"
+    ) -> Catalogue:
+        """Encodes titles and prompt.
+
+        Deviation: title and terminator are encoded apart and joined, here and everywhere. The official code encodes
+        them together for the target but apart for the tree; the two disagree where the tokenizer merges them.
+
+        Args:
+            category: what the prompt calls an item ("movie").
+            rows: "sequence" (a list of titles that simply goes on) or "target" (an instruction, one title as answer).
+
+        Raises:
+            ValueError: the newline is not one token; a title encodes to nothing or holds the terminator; two different
+                titles have the same tokens.
+        """
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False)
+
+        if len(encode("\n")) != 1:
+            raise ValueError("this tokenizer has no token of its own for the newline that ends a title")
+        end = encode("\n")
+        sequences = [[*ids, *end] for ids in tokenizer(list(titles), add_special_tokens=False).input_ids]
+        for i, ids in enumerate(sequences):
+            if len(ids) == 1 or end[0] in ids[:-1]:
+                raise ValueError(f"item {i} has the title {titles[i]!r}, which is empty or holds a newline: clean it")
+        trie = TitleTrie.from_sequences(sequences)
+        by_title = item_leaves(titles)
+        differs = trie.item_leaf.numpy() != by_title
+        if differs.any():  # the first such item has joined the leaf of an earlier title
+            i = int(differs.argmax())
+            other = titles[int((trie.item_leaf == trie.item_leaf[i]).nonzero()[0, 0])]
+            raise ValueError(
+                f"the tokenizer reads item {i}, {titles[i]!r}, and {other!r} as the same tokens: give both one title, or "
+                "take a model whose tokenizer tells them apart"
+            )
+        header, separator, footer = prompt_texts(category, rows)
+        return cls(
+            list(titles), sequences, trie, encode(header), end if separator == "\n" else encode(separator),
+            encode(footer) if footer else [], tokenizer.eos_token_id if rows == "target" else None,
+        )
+
+    @property
+    def terminator(self) -> int:
+        """The token ⊤ that ends every title."""
+        return self.sequences[0][-1]
+
+    @property
+    def leaf_titles(self) -> list[str]:
+        """(n_leaves,) the title of each leaf id."""
+        return list(dict.fromkeys(self.titles))
+
+    def context(self, history: Sequence[int]) -> list[int]:
+        """Tokens of the prompt for a history of item positions, oldest first. An empty history is allowed."""
+        body = [t for item in history for t in (*self.sequences[item][:-1], *self.separator)]
+        return [*self.header, *body, *self.footer]
+
+
+def prompt_texts(category: str, rows: str) -> tuple[str, str, str]:
+    """(header, separator, footer) of the two forms of prompt."""
+    if rows == "sequence":
+        return f"Titles that one person chose, one {category} after the other:\n", "\n", ""
+    if rows == "target":
+        header = (
+            f"### Instruction:\nRecommend the {category} that this user will like next.\n\n"
+            f"### Input:\nThe user has enjoyed the following {category} titles: "
+        )
+        return header, ", ", "\n\n### Response:\n"
+    raise ValueError(f"rows is {rows!r}: choose sequence or target")
+
+
+class Backbone(NamedTuple):
+    """A language model before training, and what goes with it."""
+
+    model: PreTrainedModel  # float32
+    tokenizer: PreTrainedTokenizerFast
+    catalogue: Catalogue
+
+
+def open_backbone(
+    settings: TrainSettings, titles: Sequence[str], path: str | Path | None = None, prompt: str | None = None
+) -> Backbone:
+    """Model, tokenizer and catalogue of a run, before training, cut as the settings ask.
+
+    Args:
+        settings: model, frozen_layers, tuned_layers, cut_vocabulary, category, rows and seed are used.
+        path: folder or hub id in the place of settings.model; "tiny" is `tiny_model`.
+        prompt: what stands before a title where there is no history; None takes the prompt of category and rows.
+
+    Raises:
+        OSError: the model is neither a folder nor a known hub id, or cannot be fetched (transformers' own message).
+        ValueError: more layers asked for than there are; or as `Catalogue.build`.
+    """
+    path = settings.model if path is None else path
+    texts = [*titles, *(prompt_texts(settings.category, settings.rows) if prompt is None else [prompt])]
+    if path == "tiny":
+        model, tokenizer = tiny_model(texts, settings.seed)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if settings.tuned_layers:
+        keep_layers(model, settings.frozen_layers, settings.tuned_layers)
+    if settings.cut_vocabulary:
+        tokenizer = cut_vocabulary(model, tokenizer, texts)
+    if settings.frozen_layers and model.config.tie_word_embeddings:
+        _set_embeddings(model, torch.arange(model.config.vocab_size))
+    catalogue = Catalogue.build(tokenizer, titles, settings.category, settings.rows)
+    if prompt is not None:
+        catalogue = Catalogue(
+            catalogue.titles, catalogue.sequences, catalogue.trie, tokenizer(prompt).input_ids, catalogue.separator, [], None
+        )
+    return Backbone(model.eval(), tokenizer, catalogue)
+
+
+def load_trained(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Catalogue]:
+    """Model (float32, on the GPU if there is one), tokenizer and catalogue of a finished training; the last two opened stay
+    in memory.
+
+    Args:
+        folder: as `trained_folder` takes it.
+
+    Raises:
+        FileNotFoundError: as `trained_folder`.
+    """
+    folder = trained_folder(folder)
+    return _load_trained(folder, (folder / "made.json").stat().st_mtime_ns)
+
+
+def trained_folder(folder: str | Path) -> Path:
+    """The folder of a finished training: this one, or the one that a step's folder (such as runs/laptop/flower) names in its
+    settings.json. A relative path counts from the project's root.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folder = ROOT / folder
+    if (folder / "settings.json").exists():
+        folder = folder / (json.loads((folder / "settings.json").read_text(encoding="utf-8"))["made"] or "")
+    if not (folder / "made.json").exists():
+        raise FileNotFoundError(f"{folder} holds no finished training: run notebook 02 or 03 first")
+    return folder
+
+
+@lru_cache(maxsize=2)
+def _load_trained(folder: Path, _written: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Catalogue]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    settings = json.loads((folder / "made.json").read_text(encoding="utf-8"))["provenance"]["settings"]
+    titles = pd.read_parquet(folder / "items.parquet").title.tolist()
+    return model, tokenizer, Catalogue.build(tokenizer, titles, settings["category"], settings["rows"])
+
+
+def tiny_model(texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A two-layer Llama with random weights over the words of `texts`: for tests and the smoke profile."""
+    pieces = pre_tokenizers.Split(Regex(r" ?[^ \n]+|\n"), "isolated")
+    words = sorted({word for text in [*texts, "\n"] for word, _ in pieces.pre_tokenize_str(text)})
+    vocabulary = {word: i for i, word in enumerate(["<eos>", "<unk>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pieces, decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>"
+    )
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config), tokenizer
+
+
+def keep_layers(model: PreTrainedModel, n_lower: int, n_upper: int) -> None:
+    """Keeps the lowest `n_lower` and the topmost `n_upper` decoder layers of the model, in place."""
+    layers = _decoder(model).layers
+    if n_lower + n_upper > len(layers):
+        raise ValueError(f"the model has {len(layers)} layers, not frozen_layers + tuned_layers = {n_lower + n_upper}")
+    places = [*range(n_lower), *range(len(layers) - n_upper, len(layers))]
+    model.get_decoder().layers = nn.ModuleList(layers[i] for i in places)
+    for new, layer in enumerate(model.get_decoder().layers):
+        layer.self_attn.layer_idx = new
+    _take_layers(model.config, places)
+
+
+def cut_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
+) -> PreTrainedTokenizerFast:
+    """Cuts the model, in place, to the tokens that `texts` need, and returns the tokenizer that goes with it.
+
+    A softmax over a few thousand tokens costs a fraction of one over 49,152. Every text of `texts` keeps its tokens
+    (checked); any other text is still encoded, from the byte tokens up. Tokenizers other than BPE are left whole.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    if spec["model"]["type"] != "BPE":
+        return tokenizer
+    spec["post_processor"] = None  # it names ids of special tokens around a text; no text here has any
+    before = tokenizer(list(texts), add_special_tokens=False).input_ids
+    names = {i: name for name, i in tokenizer.get_vocab().items()}
+    needed = {names[i] for ids in before for i in ids} | {name for name in names.values() if len(name) == 1}
+    special = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token} - {None}
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in spec["model"]["merges"]]
+    n_before = -1
+    while n_before != len(needed):  # every merge on the way to a needed token stays
+        n_before = len(needed)
+        for left, right in reversed(merges):
+            if left + right in needed:
+                needed |= {left, right}
+    old_ids = sorted(i for i, name in names.items() if name in needed | special)
+    new_id = {names[old]: new for new, old in enumerate(old_ids)}
+    spec["model"]["vocab"] = {name: new_id[name] for name in spec["model"]["vocab"] if name in new_id}
+    spec["model"]["merges"] = [list(m) for m in merges if needed >= {*m, m[0] + m[1]}]
+    spec["added_tokens"] = [t | {"id": new_id[t["content"]]} for t in spec["added_tokens"] if t["content"] in new_id]
+    cut = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token, bos_token=tokenizer.bos_token, unk_token=tokenizer.unk_token,
+    )
+    after = cut(list(texts), add_special_tokens=False).input_ids
+    if any([old_ids[i] for i in new] != old for new, old in zip(after, before, strict=True)):
+        raise RuntimeError("the cut tokenizer reads a text differently: set cut_vocabulary to False for this model")
+    _set_embeddings(model, torch.tensor(old_ids))
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = cut.eos_token_id, cut.pad_token_id
+        config.bos_token_id = cut.bos_token_id
+    return cut
+
+
+def split_layers(model: PreTrainedModel, n_frozen: int) -> tuple[nn.Module, PreTrainedModel]:
+    """The model in two that share its weights: (trunk, upper).
+
+    `trunk(input_ids=…, attention_mask=…).last_hidden_state` is what leaves the lowest `n_frozen` layers, (B, T, H);
+    `upper(inputs_embeds=that, …)` goes on from there to the logits. Tuning `upper` tunes `model`.
+
+    Raises:
+        ValueError: the model is not built like a Llama (embed_tokens, layers, norm, rotary_emb).
+    """
+    base = _decoder(model)
+    n_layers = len(base.layers)
+    lower, rest = range(n_frozen), range(n_frozen, n_layers)
+    with torch.device("meta"):
+        trunk = type(base)(_take_layers(copy.deepcopy(model.config), lower))
+        upper = type(model)(_take_layers(copy.deepcopy(model.config), rest))
+    for part, layers in ((trunk, lower), (upper.get_decoder(), rest)):
+        part.embed_tokens, part.norm, part.rotary_emb = base.embed_tokens, base.norm, base.rotary_emb
+        part.layers = nn.ModuleList(base.layers[i] for i in layers)
+    trunk.norm = nn.Identity()
+    trunk.config.use_cache = upper.config.use_cache = False
+    upper.set_output_embeddings(model.get_output_embeddings())
+    trunk.requires_grad_(False).eval()
+    return trunk, upper
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    base = model.get_decoder()
+    if not all(hasattr(base, name) for name in ("embed_tokens", "layers", "norm", "rotary_emb")):
+        raise ValueError(f"a {type(model).__name__} cannot be cut or split: set frozen_layers and tuned_layers to 0")
+    return base
+
+
+def _take_layers(config, places: Sequence[int]):
+    config.num_hidden_layers = len(places)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in places]
+    return config
+
+
+def _set_embeddings(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Keeps these rows of the input and output embeddings, as two matrices of their own, in place."""
+    rows_in = model.get_input_embeddings().weight.detach()[ids].clone()
+    rows_out = model.get_output_embeddings().weight.detach()[ids].clone()
+    head = nn.Linear(rows_out.shape[1], len(ids), bias=False)
+    head.weight = nn.Parameter(rows_out)
+    model.config.tie_word_embeddings = False
+    model.config.vocab_size = model.vocab_size = len(ids)
+    model.set_input_embeddings(nn.Embedding.from_pretrained(rows_in, freeze=False))
+    model.set_output_embeddings(head)

@@ -1,0 +1,245 @@
+"""The comparison of notebook 07: users, contenders, what is made once, and what its results hold."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from flowerlib.lab import compare, preference, runs, store, training
+from flowerlib.lab.settings import PROFILES, settings
+from flowerlib.tree import Beams
+
+KEYS = ("method", "decoding", "seed", "ndcg@10", "hr@10", "dgu", "mgu", "h_bits", "ttr", "distinct", "coverage", "gini")
+
+
+def test_the_fairest_that_is_as_accurate_is_selected_or_else_the_most_accurate():
+    rows = [{"ndcg@10": n, "dgu": d} for n, d in ((0.10, 0.3), (0.09, 0.1), (0.05, 0.01))]
+    assert compare.select(rows, {"ndcg@10": 0.09}, "ndcg@10") is rows[1]
+    assert compare.select(rows, {"ndcg@10": 0.1}, "ndcg@10") is rows[0]
+    assert compare.select(rows, {"ndcg@10": 0.2}, "ndcg@10") is rows[0]
+
+
+@pytest.fixture(scope="module")
+def comparison(smoke):
+    return compare.Comparison(smoke)
+
+
+@pytest.fixture
+def copy(smoke, tmp_path):
+    """A run of its own, to be changed."""
+    for name in ("data", "preference", "sft", "flower", "lists", "exact", "cache"):
+        shutil.copytree(smoke / name, tmp_path / "run" / name)
+    return tmp_path / "run"
+
+
+def test_its_settings_are_those_of_the_run_and_what_is_given(smoke, comparison):
+    assert comparison.settings == PROFILES["smoke"]
+    other = compare.Comparison(smoke, guides=[0.2], n_beams=3, exact_users=None)
+    assert (other.settings.guides, other.settings.n_beams) == ((0.2,), 3)
+    assert other.settings.exact_users == PROFILES["smoke"].exact_users
+    with pytest.raises(ValueError, match="unknown setting 'beams'"):
+        compare.Comparison(smoke, beams=3)
+    with pytest.raises(FileNotFoundError, match="run notebooks/01_prepare_the_data.ipynb"):
+        compare.Comparison(smoke / "nowhere")
+
+
+def test_users_are_drawn_by_the_seed_and_stay_beside_their_rows(comparison):
+    users = comparison.users["test"]
+    sample = users.sample(7, seed=1)
+    assert len(sample) == len(sample.histories) == len(sample.seen) == len(sample.log_p) == 7
+    again, other = users.sample(7, seed=1), users.sample(7, seed=2)
+    assert again.histories == sample.histories and other.histories != sample.histories
+    assert len(users.sample(0, seed=1)) == len(users) and users.sample(0, seed=1).histories == users.histories
+    for history, seen, target, log_p in zip(sample.histories, sample.seen, sample.targets, sample.log_p):
+        row = users.histories.index(history)
+        assert (users.log_p[row] == log_p).all() and users.seen[row] == seen and users.targets[row] == target
+        alone = comparison.preference.after([comparison.item_leaf[history].tolist()])[0]
+        np.testing.assert_allclose(alone, log_p, atol=1e-5)
+
+
+def test_preferences_of_a_part_are_those_of_its_own_rows(comparison):
+    """Never another split's, as by row number: every row's preference comes from that row's own history."""
+    for part in ("valid", "test"):
+        users = comparison.users[part]
+        alone = torch.cat([comparison.preference.after([comparison.item_leaf[history].tolist()])
+                           for history in users.histories])
+        np.testing.assert_allclose(users.log_p, alone, atol=1e-5)
+        assert [set(leaves) for leaves in comparison.seen_leaves(users)] == [
+            {int(comparison.item_leaf[item]) for item in items} for items in users.seen]
+        assert all(set(history) <= set(seen) for history, seen in zip(users.histories, users.seen))
+
+
+def test_leaves_are_titles(comparison):
+    assert comparison.titles == comparison.tables.items.title.drop_duplicates().tolist()
+    assert [comparison.titles[leaf] for leaf in comparison.item_leaf] == comparison.tables.items.title.tolist()
+    assert comparison.counts.sum() == comparison.item_counts.sum() and len(comparison.counts) == len(comparison.titles)
+
+
+def test_contenders_have_the_settings_of_the_run_but_for_their_own(comparison):
+    own = comparison.settings
+    assert comparison.contender(0).settings == own and comparison.contender(0).method == "Flower-KL"
+    sft = comparison.contender(3, theta=1.0)
+    assert (sft.method, sft.settings.seed, sft.settings.theta) == ("SFT", 3, 1.0)
+    assert comparison.contender(0, flow="subtb", reward="none").method == "Flower"
+    assert comparison.contender(0, "IFairLRS", theta=1.0, reweight=True).method == "IFairLRS"
+    with pytest.raises(ValueError, match="theta is 3.0"):
+        comparison.contender(0, theta=3.0)
+
+
+def counted(monkeypatch, fail=False):
+    """Notes each training that is begun; `fail` forbids them."""
+    begun, begin = [], training.FlowerTrainer.train
+
+    def noted(self, *args, **kwargs):
+        begun.append(self.args.output_dir)
+        return pytest.fail("was tuned again") if fail else begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.FlowerTrainer, "train", noted)
+    return begun
+
+
+def test_what_is_done_is_read_and_what_differs_is_done_anew(copy, monkeypatch):
+    begun = counted(monkeypatch, fail=True)
+    comparison = compare.Comparison(copy)
+    own = comparison.settings
+    sft = comparison.contender(0, theta=1.0)
+    search = {"beam": Beams(own.n_beams)}
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "beam_search", lambda *args: pytest.fail("was decoded again"))
+        patch.setattr(training, "finetune", lambda *args: pytest.fail("no model is needed"))
+        lists = comparison.lists(sft, "test", search, own.test_rows)["beam"]
+        assert lists.shape == (len(comparison.users["test"]), own.n_beams)
+        share = comparison.mean_share(sft, own.exact_users)
+        assert share.sum() == pytest.approx(1, abs=1e-4) and share.shape == (len(comparison.titles),)
+    decoded, decode = [], compare.beam_search
+    monkeypatch.setattr(compare, "beam_search", lambda *args: decoded.append(args[3]) or decode(*args))
+    again = comparison.lists(sft, "test", search | {"wide": Beams(own.n_beams + 1)}, own.test_rows)
+    assert decoded == [[Beams(own.n_beams + 1)]] and not begun  # the model is read, not tuned
+    assert list(again) == ["beam", "wide"]
+    assert (again["beam"] == lists).all() and again["wide"].shape[1] == own.n_beams + 1
+    models = comparison.train(sft)
+    assert comparison.train(sft)[0] is models[0]  # the last one stays in memory
+
+
+def test_other_settings_are_tuned_beside_those_of_the_run(copy, monkeypatch):
+    begun = counted(monkeypatch)
+    before = set(copy.rglob("made.json"))
+    comparison = compare.Comparison(copy)
+    other = comparison.contender(0, theta=1.0, epochs=0.2)
+    comparison.lists(other, "test", {"beam": Beams(3)}, 4)
+    assert len(begun) == 1
+    made, = set(copy.rglob("made.json")) - before
+    assert made.parent.parent == copy / "sft" and before <= set(copy.rglob("made.json"))
+    assert store.read_json(made)["made_from"] == json.loads(json.dumps(comparison.origin(other)))
+    compare.Comparison(copy).train(other)
+    assert len(begun) == 1
+
+
+@pytest.mark.parametrize("given", [
+    {"theta": 1.0}, {}, {"alpha": -1.0, "theta": 0.2}, {"flow": "subtb", "reward": "div"},
+    {"flow": "subtb", "reward": "none"},
+])
+def test_its_origin_is_that_of_the_training(copy, given):
+    """`origin` and `finetune` name a training alike, so that lists are found without the model."""
+    comparison = compare.Comparison(copy)
+    contender = comparison.contender(0, epochs=0.1, **given)
+    comparison.train(contender)
+    folder = comparison._trained(contender, comparison.origin(contender))
+    assert store.read_json(folder / "made.json")["made_from"] == json.loads(json.dumps(comparison.origin(contender)))
+    for method in ("IFairLRS", "SFT, one target"):
+        few = comparison.one_target(method, 500)
+        comparison.train(few)
+        assert comparison._trained(few, comparison.origin(few)).is_dir()
+
+
+def test_lists_depend_on_their_users_and_on_what_guides_them(copy, monkeypatch):
+    """Users drawn by another seed, another draw, another p_ui under a guided search: all are other lists."""
+    comparison = compare.Comparison(copy)
+    sft = comparison.contender(0, theta=1.0)
+    decoded, decode = [], compare.beam_search
+    monkeypatch.setattr(compare, "beam_search", lambda *args: decoded.append(args[3]) or decode(*args))
+    searches = {"beam": Beams(3), "guided": Beams(3, guide=0.5), "drawn": Beams(3, stochastic=True)}
+    first = comparison.lists(sft, "test", searches, 5)
+    assert len(decoded) == 1
+    comparison.settings = settings("smoke", seed=1)
+    comparison.lists(sft, "test", {"beam": Beams(3)}, 5)
+    assert len(decoded) == 2
+    comparison.settings = settings("smoke")
+    other = comparison.lists(sft, "test", {"drawn": searches["drawn"]}, 5, draw=1)["drawn"]
+    assert len(decoded) == 3 and (other != first["drawn"]).any()
+    assert (comparison.lists(sft, "test", searches, 5, draw=0)["drawn"] == first["drawn"]).all() and len(decoded) == 3
+    with torch.no_grad():
+        comparison.preference.transformer.wte.weight.add_(1.0)
+    again = comparison.lists(sft, "test", searches, 5)
+    assert decoded[3:] == [[searches["guided"]]] and (again["beam"] == first["beam"]).all()
+
+
+def test_no_seen_title_is_in_a_list_unless_it_is_allowed(comparison):
+    users = comparison.users["test"].sample(PROFILES["smoke"].decoding_users, 0)
+    sft = comparison.contender(0, theta=1.0)
+    lists = comparison.lists(sft, "test", {"beam": Beams(10), "again": Beams(10, seen_allowed=True)}, len(users))
+    for row, seen in zip(lists["beam"], comparison.seen_leaves(users)):
+        titles, left = row[row >= 0], len(comparison.titles) - len(set(seen))  # this user may have seen most of 80
+        assert not set(titles) & set(seen) and len(set(titles)) == len(titles) == min(10, left)
+    assert any(set(row) & set(seen) for row, seen in zip(lists["again"], comparison.seen_leaves(users)))
+
+
+def test_one_target_rows_get_equally_many_tokens(comparison):
+    tokens = comparison.forward_tokens(comparison.contender(0, theta=1.0))
+    for method in ("SFT, one target", "IFairLRS"):
+        contender = comparison.one_target(method, tokens)
+        assert comparison.forward_tokens(contender) == pytest.approx(tokens, rel=1e-3)
+        few = comparison.one_target(method, 1000)
+        assert few.settings.epochs == 1 and 1000 <= comparison.forward_tokens(few) < 1200  # to a row
+        assert contender.settings.reweight == (method == "IFairLRS") and contender.settings.rows == "target"
+        assert contender.settings.method == "SFT" and contender.method == method
+
+
+def test_provenance_is_of_the_work_behind_it(copy):
+    comparison = compare.Comparison(copy)
+    assert comparison.sources == []
+    sft = comparison.contender(0, theta=1.0)
+    comparison.lists(sft, "test", {"beam": Beams(10), "few": Beams(3)}, 5)
+    comparison.lists(sft, "test", {"beam": Beams(10), "few": Beams(3)}, 5)
+    comparison.mean_share(sft, 4)
+    trained = store.read_json(comparison._trained(sft, comparison.origin(sft)) / "made.json")["provenance"]
+    assert len(comparison.sources) == 5 and all(source["settings"]["theta"] == 1.0 for source in comparison.sources)
+    assert all(source["versions"] == trained["versions"] for source in comparison.sources)
+    assert runs.joint_provenance(comparison.sources)["seconds"] == trained["seconds"]  # one training is counted once
+
+
+def test_the_results_hold_every_key_with_its_interval(smoke):
+    document = json.loads((smoke / "results" / "07_which_title_next.json").read_text(encoding="utf-8"))
+    assert document["provenance"]["forward_tokens"] > 0
+    rows = [row for row in document["rows"] if row["part"] == "test"]
+    assert {row["method"] for row in rows} == {"SFT", "Flower", "Flower-KL", "Temperature", "D3", "Preference",
+                                               "Popularity", "IFairLRS", "SFT, one target"}
+    for row in rows:
+        for key in KEYS:
+            assert key in row
+            if key not in ("method", "decoding", "seed"):
+                assert row[f"{key}_lo"] <= row[key] <= row[f"{key}_hi"]
+    assert {row["reward"] for row in rows if row["method"] == "Flower"} == {"none", "div", "add"}
+    assert {row["reward"] for row in rows if row["method"] == "Flower-KL"} == {"exact"}
+    decoded = [row for row in document["rows"] if row["part"] == "test, some users"]
+    assert len(decoded) == 12 and {row["method"] for row in decoded} == {"SFT", "Flower-KL"}
+
+
+def test_the_results_say_how_long_their_models_were_trained(smoke):
+    """Not how long the last notebook took to read them."""
+    provenance = runs.read_document(smoke / "results" / "07_which_title_next.json")["provenance"]
+    trained = [store.read_json(path)["provenance"]["seconds"] for path in smoke.glob("*/*/made.json")
+               if path.parent.parent.name in ("sft", "flower")]
+    assert max(trained) < provenance["seconds"] < sum(trained) + 0.1
+    assert provenance["settings"]["profile"] == "smoke" and "sweep" in provenance["settings"]
+    exact = runs.read_results(smoke / "results" / "07_exact.json")
+    assert {row["method"] for row in exact} == {"SFT", "Flower-KL"}
+    assert all(0 < row["dgu"] and row["kl_history_model"] > 0 for row in exact)
+
+
+def test_plain_recommenders_stand_in_the_results_of_notebook_01(smoke):
+    methods = {row["method"] for row in runs.read_results(smoke / "results" / "01_preference.json")}
+    assert {"Popularity", "ItemKNN", "EASE", "Preference"} <= methods
+    assert set(preference.top_titles(np.ones((1, 3)), [[]], 3)[0]) == {0, 1, 2}
