@@ -79,8 +79,7 @@ def split_interactions(items: pd.DataFrame, interactions: pd.DataFrame, how: str
     with fewer than three interactions are training only. how="time": the rows sorted by time over all users, the
     first 8/10 training, 1/10 validation, 1/10 test (the paper's split).
 
-    Raises:
-        ValueError: unknown `how`, or max_history below 1.
+    Raises ValueError: unknown `how`, or max_history below 1.
     """
     if how not in SPLITS:
         raise ValueError(f"unknown split {how!r}: choose one of {', '.join(SPLITS)}")
@@ -91,16 +90,14 @@ def split_interactions(items: pd.DataFrame, interactions: pd.DataFrame, how: str
     rows, user = interactions.iloc[order].reset_index(drop=True), user[order]
     sizes = np.bincount(user)
     size, position = np.repeat(sizes, sizes), _within(sizes)
-    part = np.zeros(len(rows), dtype=int)
     if how == "leave-one-out":
-        part[(size >= 3) & (position == size - 2)] = 1
-        part[(size >= 3) & (position == size - 1)] = 2
+        part = np.where(size >= 3, (position - size + 3).clip(0), 0)
     else:
         targets = np.flatnonzero(position > 0)
         ranked = targets[np.argsort(rows.timestamp.to_numpy()[targets], kind="stable")]
-        n = len(ranked)
-        part[ranked[n * 8 // 10 : n * 9 // 10]] = 1
-        part[ranked[n * 9 // 10 :]] = 2
+        part, n = np.zeros(len(rows), dtype=int), len(ranked)
+        part[ranked[n * 8 // 10 :]] += 1
+        part[ranked[n * 9 // 10 :]] += 1
     ids = pa.chunked_array([pa.array(rows.item_id)]).combine_chunks()
 
     def table(which: int) -> pd.DataFrame:
@@ -160,41 +157,33 @@ def sequences(train: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     may be mixed, but each user's must stand in the order of time. Every interaction that a row holds appears once.
     """
     flat, offsets = histories(train)
-    n, target = len(train), train.target.to_numpy()
-    codes = pd.factorize(np.r_[flat, target])[0].astype(np.int32)
-    past, next_ = codes[: len(flat)].tobytes(), codes[len(flat) :].tobytes()
-    user = pd.factorize(train.user_id)[0].tolist() if "user_id" in train else [0] * n
-    ends = (4 * offsets).tolist()  # in bytes, as are the slices below
-    cap = 4 * int(np.diff(offsets).max(initial=0))
-    sequence, position, heads = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64), []
-    waiting: dict[tuple[int, bytes], list[int]] = {}  # (user, end of a sequence) -> the rows it ends with
-    for k in range(n):
-        history = past[ends[k] : ends[k + 1]]
-        before = waiting.get((user[k], history))
-        if before:
-            last = before.pop(0)
-            sequence[k], position[k] = sequence[last], position[last] + 1
-            if not before:
-                del waiting[user[k], history]
+    codes, ids = pd.factorize(np.r_[flat, train.target.to_numpy()])
+    past, following = (part.astype(np.int32).tobytes() for part in np.split(codes, [len(flat)]))
+    users = pd.factorize(train.user_id)[0].tolist() if "user_id" in train else [0] * len(train)
+    bounds, cap = (4 * offsets).tolist(), 4 * int(np.diff(offsets).max(initial=0))  # in bytes, four an item
+    whole: list[bytearray] = []
+    waiting: dict[tuple[int, bytes], list[bytearray]] = {}  # (user, end of a sequence) -> the sequences that end so
+    for k, user in enumerate(users):
+        history = past[bounds[k] : bounds[k + 1]]
+        ending = waiting.get((user, history))
+        if ending:
+            sequence = ending.pop(0)
+            if not ending:
+                del waiting[user, history]
         else:
-            sequence[k], position[k] = len(heads), len(history) // 4
-            heads.append(k)
-        waiting.setdefault((user[k], (history + next_[4 * k : 4 * k + 4])[-cap:]), []).append(k)
-    lengths = np.diff(offsets)[heads]
-    starts = np.r_[0, np.cumsum(lengths + np.bincount(sequence, minlength=len(heads)))].astype(np.int64)
-    out = np.empty(starts[-1], dtype=flat.dtype)
-    inside = _within(lengths)
-    out[np.repeat(starts[:-1], lengths) + inside] = flat[np.repeat(offsets[heads], lengths) + inside]
-    out[starts[sequence] + position] = target
-    return out, starts
+            sequence = bytearray(history)
+            whole.append(sequence)
+        sequence += following[4 * k : 4 * k + 4]
+        waiting.setdefault((user, bytes(sequence[-cap:])), []).append(sequence)
+    items = ids[np.frombuffer(b"".join(whole), np.int32)].astype(flat.dtype)
+    return items, np.cumsum([0, *map(len, whole)]) // 4
 
 
 def item_leaves(titles: Sequence[str] | pd.Series) -> np.ndarray:
     """(n_items,) leaf id of each item, from the items' titles.
 
-    This is the one definition of leaf ids: equal titles share a leaf; leaves are numbered in the order in which their
-    titles first appear. `Heat, Fargo, Heat` are leaves 0, 1, 0. The title tree numbers its leaves so too: a catalogue
-    refuses a tokenizer that reads two different titles as the same tokens.
+    Equal titles share a leaf; leaves are numbered in the order in which their titles first appear: `Heat, Fargo, Heat`
+    are 0, 1, 0. The title tree numbers them so too: a catalogue refuses a tokenizer that reads two titles alike.
     """
     return pd.factorize(pd.Series(titles, dtype=str))[0]
 
@@ -205,10 +194,7 @@ def item_counts(tables: Tables, how: str = "true") -> np.ndarray:
     how="true": each training interaction counts once, targets included. how="windowed": each appearance in the training
     rows' histories counts, so that early interactions count up to max_history times and a last target not at all.
 
-    Deviation: the official code counts "windowed"; our default is "true".
-
-    Raises:
-        ValueError: unknown `how`.
+    Deviation: the official code counts "windowed"; our default is "true". Raises ValueError: unknown `how`.
     """
     if how not in ("true", "windowed"):
         raise ValueError(f"unknown counts {how!r}: choose true or windowed")

@@ -1,4 +1,10 @@
-"""Losses as pure functions of log-probabilities (nats); a row of (B, T) is one title's path down the tree."""
+"""Losses as pure functions of log-probabilities (nats).
+
+The balance losses take (B, T) tensors, a row the path of one title: log_pf log π and log_token_rewards log r of its
+tokens, mask True on them, its terminator included, and False after them. ValueError: shapes differ, a mask has a hole,
+or no token is left. The exact losses take (n,) edges of the tree. Each is a sum over edges (or nodes): a tree may be
+taken in parts, and gradients add up. log_reach is log F(s)/Z of a node.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +21,10 @@ FLOW_LOSSES = ("subtb", "tb", "db", "modified_subtb", "divergence")
 
 @dataclass(frozen=True)
 class Paths:
-    """Titles on their way down the tree, and what a flow loss reads of them, in nats.
+    """What a flow loss reads of titles on their way down the tree: (B, T) in nats as above, but for the divergence.
 
-    Attributes:
-        mask: (B, T) bool, True on each title's tokens, its terminator included.
-        log_pf, log_r: (B, T) log π and log r of the titles' tokens; for every loss but "divergence".
-        edge_log_pf, edge_log_r, visits, n_states: the arguments of `divergence_loss`.
-        log_end, log_end_r: log_pterm and log_term_rewards of `modified_subtb_loss`.
+    edge_log_pf, edge_log_r, visits and n_states are the arguments of `divergence_loss`; log_end and log_end_r are
+    log_pterm and log_term_rewards of `modified_subtb_loss`.
     """
 
     mask: Tensor
@@ -36,7 +39,7 @@ class Paths:
 
 
 def flow_loss(name: str, paths: Paths, lam: float = 1.0) -> Tensor:
-    """One of FLOW_LOSSES, a scalar: nats² for the balance losses, nats for the divergence. ValueError for another name."""
+    """One of FLOW_LOSSES, a scalar: nats² for the balance losses, nats for the divergence; else a ValueError."""
     if name == "divergence":
         return divergence_loss(paths.edge_log_pf, paths.edge_log_r, paths.n_states, paths.visits)
     if name == "tb":
@@ -51,10 +54,8 @@ def flow_loss(name: str, paths: Paths, lam: float = 1.0) -> Tensor:
 def sft_loss(log_pf: Tensor, mask: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """Mean of −log π over the target tokens, in nats per token: supervised fine-tuning (BIGRec).
 
-    Args:
-        log_pf: log π(token | prefix, prompt), any shape.
-        mask: bool, the same shape: which tokens count.
-        weight: what each token's term is multiplied by before the mean (IFairLRS); averages to 1 over the data.
+    log_pf and mask have any one shape. weight: what each token's term is multiplied by before the mean (IFairLRS); it
+    averages to 1 over the data.
     """
     return -(torch.where(mask, log_pf, 0) * weight).sum() / mask.sum()
 
@@ -64,14 +65,7 @@ def subtb_loss(log_pf: Tensor, log_token_rewards: Tensor, mask: Tensor, lam: flo
 
     With d_t = log π(v_{t+1} | s_t) − log r(s_t → s_{t+1}), the residual of the sub-path from a to b is Σ d_t for
     a ≤ t < b. The loss is the mean of the squared residuals over every sub-path in the batch, weighted by
-    lam^(b−a−1), in nats². Neighbours only (lam → 0) is detailed balance.
-
-    Args:
-        log_pf, log_token_rewards: (B, T) per token.
-        mask: (B, T) bool, True on the path's tokens, its terminator included; False after them.
-
-    Raises:
-        ValueError: shapes differ, a mask has holes, or no token is left.
+    lam^(b−a−1), in nats². Neighbours only (lam → 0) is detailed balance. (B, T) tensors and errors: as the module says.
     """
     _check(mask, log_pf, log_token_rewards)
     return _mean_squared_sums(torch.where(mask, log_pf - log_token_rewards, 0), mask, lam)
@@ -88,14 +82,11 @@ def modified_subtb_loss(
     pseudo-leaf of relative reward e^−15 more at every prefix that is no title.
 
     Args:
-        log_pf: (B, T) log π of the path's tokens, the terminator last.
         log_pterm: (B, T) log π(⊤ | s_t) at the state before each token.
-        log_token_rewards: (B, T) log r of the path's tokens.
         log_term_rewards: (B, T) log r(s_t → s_t⊤) where s_t is a whole title, else FLOOR_LOG_REWARD.
-        mask: (B, T) bool as in `subtb_loss`.
 
     Raises:
-        ValueError: as in `subtb_loss`; a batch of one-token paths has no step and is refused too.
+        ValueError: as the module says; a batch of one-token paths has no step and is refused too.
     """
     _check(mask, log_pf, log_pterm, log_token_rewards, log_term_rewards)
     q = log_token_rewards.cumsum(-1) - log_token_rewards + log_term_rewards
@@ -106,14 +97,11 @@ def modified_subtb_loss(
     return _mean_squared_sums(torch.where(steps, delta, 0), steps, lam)
 
 
-def divergence_loss(
-    log_pf: Tensor, log_token_rewards: Tensor, n_states: int, visits: Tensor | float = 1.0
-) -> Tensor:
-    """Mean of KL(r(·|s) ‖ π(·|s)) over the states s of some paths, in nats: zero exactly where π equals the token
-    rewards there. The flow loss of Flower-KL.
+def divergence_loss(log_pf: Tensor, log_token_rewards: Tensor, n_states: int, visits: Tensor | float = 1.0) -> Tensor:
+    """Flower-KL's flow loss: mean of KL(r(·|s) ‖ π(·|s)) over the states s of some paths, in nats, zero just at π = r.
 
-    SubTB looks at the one token that a path takes, this at all that could follow. Over paths drawn from the reward, the sum
-    along a path is an unbiased estimate of KL(R/Z ‖ π) of whole titles (the chain rule), off the tree included.
+    SubTB looks at the one token that a path takes, this at all that could follow. Over paths drawn from the reward, the
+    sum along a path is an unbiased estimate of KL(R/Z ‖ π) of whole titles (the chain rule), off the tree included.
 
     Deviation: not in the official code.
 
@@ -125,7 +113,7 @@ def divergence_loss(
 
 
 def trajectory_balance_loss(log_pf: Tensor, log_token_rewards: Tensor, mask: Tensor) -> Tensor:
-    """Mean over paths of (Σ_t d_t)², the residual of the whole title alone: nats², arguments as in `subtb_loss`."""
+    """Mean over paths of (Σ_t d_t)², the residual of the whole title alone, in nats²; (B, T) as above."""
     _check(mask, log_pf, log_token_rewards)
     return torch.where(mask, log_pf - log_token_rewards, 0).sum(-1).square().mean()
 
@@ -134,34 +122,21 @@ def exact_cross_entropy(log_pf: Tensor, log_reach: Tensor) -> Tensor:
     """−Σ_edges F(s')/Z · log π(s → s'), in nats per title: over all edges at once, no path is sampled.
 
     Over the whole tree it is the expectation of SFT summed over the tokens of titles drawn in proportion to reward.
-    Its minimum, at π = r, is the entropy of R/Z. This and the next two are sums over edges (over nodes): a tree may be
-    taken in parts, and gradients add up.
-
-    Args:
-        log_pf: (n,) log π of the edges.
-        log_reach: (n,) log F(s')/Z of the nodes that they lead to.
+    Its minimum, at π = r, is the entropy of R/Z. log_pf, log_reach: (n,) of the edges and of the nodes they lead to.
     """
     return -(log_reach.exp() * log_pf).sum()
 
 
 def exact_flow_loss(log_pf: Tensor, log_reach: Tensor, log_token_rewards: Tensor) -> Tensor:
-    """Σ_edges F(s')/Z · d², d = log π − log r, in nats²: zero exactly where π equals the token rewards.
-
-    Args:
-        log_pf, log_reach: (n,) as in `exact_cross_entropy`.
-        log_token_rewards: (n,) log r of the edges.
-    """
+    """Σ_edges F(s')/Z · (log π − log r)², in nats², zero at π = r. All are (n,), log_reach where they lead."""
     return (log_reach.exp() * (log_pf - log_token_rewards).square()).sum()
 
 
 def off_trie_penalty(log_pf: Tensor, parent: Tensor, log_reach: Tensor) -> Tensor:
     """−Σ_s F(s)/Z · log Σ_children π(child | s), in nats: what a policy loses to tokens that continue no title.
 
-    `exact_cross_entropy` is this plus the cross-entropy of the policy renormalised over the children.
-
-    Args:
-        log_pf, parent: (n,) log π of the edges and the nodes that they leave; all children of a node, or none.
-        log_reach: (n_nodes,) log F(s)/Z of the tree's nodes.
+    `exact_cross_entropy` is this plus the cross-entropy of the policy renormalised over the children. log_pf, parent:
+    (n,) of the edges and the nodes that they leave, all children of a node or none; log_reach: (n_nodes,).
     """
     on_trie = segment_logsumexp(log_pf, parent, len(log_reach))
     left = torch.isfinite(on_trie)

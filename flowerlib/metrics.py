@@ -229,11 +229,11 @@ def evaluate(
     Keys: hr@k and ndcg@k for every k, dgu, mgu, average_popularity, tail_share, h_bits, ttr, distinct, coverage, gini.
     All but accuracy look at the first `slots` places of a list (None: all), to compare lists of 20 with lists of 10.
 
-    Accuracy, fairness, popularity: percentiles over resampled users (without any hit, HR's are 0). DGU and MGU are
-    distances: with few users even fair slots score above 0, and a nearly fair method's interval lies too high.
-    DIVERSITY grows with the number of users, so compare it at equal U. A resample holds about 63% of the users, and its
-    percentiles would miss the value. The interval is the jackknife's: value +- 1.96 standard errors from leaving out
-    one user at a time. It errs towards too wide (Efron and Stein 1981). No interval covers the training seed.
+    Accuracy, fairness, popularity: percentiles over resampled users (without any hit, HR's are 0). With few users, DGU
+    and MGU are above 0 even if slots are fair, and a nearly fair method's interval is too high. DIVERSITY grows with
+    the number of users: compare it at equal U. A resample holds about 63% of them, so percentiles would miss the value:
+    the interval is the jackknife's, value +- 1.96 standard errors from leaving out one user at a time. It errs towards
+    too wide (Efron and Stein 1981). No interval covers the training seed.
 
     Raises ValueError: shapes disagree, ids outside the catalogue, a leaf twice in a list, a user without
     recommendation, no counts, k above K (lists of ten have no HR@20), or one user alone and an interval.

@@ -1,11 +1,11 @@
-"""The language model and its catalogue: loaded, cut to size, split where its lower layers are frozen, titles encoded."""
+"""The language model and its catalogue: loaded, cut to size, split, titles encoded."""
 
 from __future__ import annotations
 
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,7 +15,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed,
+    AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast,
+    set_seed,
 )
 
 from .data import item_leaves
@@ -33,8 +34,7 @@ class Catalogue:
     """The titles as the model sees them, encoded once for tree, prompts, training targets and decoding alike.
 
     Attributes:
-        titles: one per item; items with equal titles share a leaf of the tree.
-        sequences: tokens of each title, then the terminator ⊤.
+        titles, sequences: one per item: its title, and its tokens and then the terminator ⊤. Equal titles share a leaf.
         trie: the prefix tree of `sequences`; its leaf ids are those of `data.item_leaves`.
         header, separator, footer: token lists; a prompt is header, title, separator, title, separator, …, footer.
         eos: what follows a target in training, or None.
@@ -61,36 +61,29 @@ class Catalogue:
             category: what the prompt calls an item ("movie").
             rows: "sequence" (a list of titles that simply goes on) or "target" (an instruction, one title as answer).
 
-        Raises:
-            ValueError: the newline is not one token; a title encodes to nothing or holds the terminator; two different
-                titles have the same tokens.
+        Raises ValueError where the newline is not one token, a title encodes to nothing or holds the terminator, or two
+        different titles have the same tokens.
         """
 
-        def encode(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False)
-
-        if len(encode("\n")) != 1:
+        texts = [*titles, "\n", *prompt_texts(category, rows)]
+        *encoded, end, header, separator, footer = tokenizer(texts, add_special_tokens=False).input_ids
+        if len(end) != 1:
             raise ValueError("this tokenizer has no token of its own for the newline that ends a title")
-        end = encode("\n")
-        sequences = [[*ids, *end] for ids in tokenizer(list(titles), add_special_tokens=False).input_ids]
+        sequences = [[*ids, *end] for ids in encoded]
         for i, ids in enumerate(sequences):
             if len(ids) == 1 or end[0] in ids[:-1]:
                 raise ValueError(f"item {i} has the title {titles[i]!r}, which is empty or holds a newline: clean it")
         trie = TitleTrie.from_sequences(sequences)
-        by_title = item_leaves(titles)
-        differs = trie.item_leaf.numpy() != by_title
+        differs = trie.item_leaf.numpy() != item_leaves(titles)
         if differs.any():  # the first such item has joined the leaf of an earlier title
             i = int(differs.argmax())
             other = titles[int((trie.item_leaf == trie.item_leaf[i]).nonzero()[0, 0])]
             raise ValueError(
-                f"the tokenizer reads item {i}, {titles[i]!r}, and {other!r} as the same tokens: give both one title, or "
-                "take a model whose tokenizer tells them apart"
+                f"the tokenizer reads item {i}, {titles[i]!r}, and {other!r} as the same tokens: give both one title, "
+                "or take a model whose tokenizer tells them apart"
             )
-        header, separator, footer = prompt_texts(category, rows)
-        return cls(
-            list(titles), sequences, trie, encode(header), end if separator == "\n" else encode(separator),
-            encode(footer) if footer else [], tokenizer.eos_token_id if rows == "target" else None,
-        )
+        eos = tokenizer.eos_token_id if rows == "target" else None
+        return cls(list(titles), sequences, trie, header, separator, footer, eos)
 
     @property
     def terminator(self) -> int:
@@ -122,9 +115,9 @@ def prompt_texts(category: str, rows: str) -> tuple[str, str, str]:
 
 
 class Backbone(NamedTuple):
-    """A language model before training, and what goes with it."""
+    """A language model in float32, and what goes with it."""
 
-    model: PreTrainedModel  # float32
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     catalogue: Catalogue
 
@@ -160,33 +153,20 @@ def open_backbone(
         _set_embeddings(model, torch.arange(model.config.vocab_size))
     catalogue = Catalogue.build(tokenizer, titles, settings.category, settings.rows)
     if prompt is not None:
-        catalogue = Catalogue(
-            catalogue.titles, catalogue.sequences, catalogue.trie, tokenizer(prompt).input_ids, catalogue.separator, [], None
-        )
+        catalogue = replace(catalogue, header=tokenizer(prompt).input_ids, footer=[], eos=None)
     return Backbone(model.eval(), tokenizer, catalogue)
 
 
-def load_trained(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Catalogue]:
-    """Model (float32, on the GPU if there is one), tokenizer and catalogue of a finished training; the last two opened stay
-    in memory.
-
-    Args:
-        folder: as `trained_folder` takes it.
-
-    Raises:
-        FileNotFoundError: as `trained_folder`.
-    """
+def load_trained(folder: str | Path) -> Backbone:
+    """Model (on the GPU if there is one), tokenizer and catalogue of the finished training that `trained_folder` finds;
+    the last two opened stay in memory."""
     folder = trained_folder(folder)
     return _load_trained(folder, (folder / "made.json").stat().st_mtime_ns)
 
 
 def trained_folder(folder: str | Path) -> Path:
-    """The folder of a finished training: this one, or the one that a step's folder (such as runs/laptop/flower) names in its
-    settings.json. A relative path counts from the project's root.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """The folder of a finished training: this one, or the one that a step's folder (such as runs/laptop/flower) names
+    in its settings.json. A relative path counts from the project's root. FileNotFoundError where there is none."""
     folder = ROOT / folder
     if (folder / "settings.json").exists():
         folder = folder / (json.loads((folder / "settings.json").read_text(encoding="utf-8"))["made"] or "")
@@ -196,13 +176,13 @@ def trained_folder(folder: str | Path) -> Path:
 
 
 @lru_cache(maxsize=2)
-def _load_trained(folder: Path, _written: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, Catalogue]:
+def _load_trained(folder: Path, _written: int) -> Backbone:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     settings = json.loads((folder / "made.json").read_text(encoding="utf-8"))["provenance"]["settings"]
-    titles = pd.read_parquet(folder / "items.parquet").title.tolist()
-    return model, tokenizer, Catalogue.build(tokenizer, titles, settings["category"], settings["rows"])
+    titles = pd.read_parquet(folder / "items.parquet").title
+    return Backbone(model, tokenizer, Catalogue.build(tokenizer, titles, settings["category"], settings["rows"]))
 
 
 def tiny_model(texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -212,9 +192,8 @@ def tiny_model(texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTra
     vocabulary = {word: i for i, word in enumerate(["<eos>", "<unk>", *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer, backend.decoder = pieces, decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>"
-    )
+    special = {"eos_token": "<eos>", "pad_token": "<eos>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     set_seed(seed)
     config = LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -226,12 +205,12 @@ def tiny_model(texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTra
 
 def keep_layers(model: PreTrainedModel, n_lower: int, n_upper: int) -> None:
     """Keeps the lowest `n_lower` and the topmost `n_upper` decoder layers of the model, in place."""
-    layers = _decoder(model).layers
-    if n_lower + n_upper > len(layers):
-        raise ValueError(f"the model has {len(layers)} layers, not frozen_layers + tuned_layers = {n_lower + n_upper}")
-    places = [*range(n_lower), *range(len(layers) - n_upper, len(layers))]
-    model.get_decoder().layers = nn.ModuleList(layers[i] for i in places)
-    for new, layer in enumerate(model.get_decoder().layers):
+    base, n = _decoder(model), len(_decoder(model).layers)
+    if n_lower + n_upper > n:
+        raise ValueError(f"the model has {n} layers, not frozen_layers + tuned_layers = {n_lower + n_upper}")
+    places = [*range(n_lower), *range(n - n_upper, n)]
+    base.layers = nn.ModuleList(base.layers[i] for i in places)
+    for new, layer in enumerate(base.layers):
         layer.self_attn.layer_idx = new
     _take_layers(model.config, places)
 
@@ -251,7 +230,7 @@ def cut_vocabulary(
     before = tokenizer(list(texts), add_special_tokens=False).input_ids
     names = {i: name for name, i in tokenizer.get_vocab().items()}
     needed = {names[i] for ids in before for i in ids} | {name for name in names.values() if len(name) == 1}
-    special = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token} - {None}
+    special = {name: getattr(tokenizer, name) for name in ("eos_token", "pad_token", "bos_token", "unk_token")}
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in spec["model"]["merges"]]
     n_before = -1
     while n_before != len(needed):  # every merge on the way to a needed token stays
@@ -259,22 +238,19 @@ def cut_vocabulary(
         for left, right in reversed(merges):
             if left + right in needed:
                 needed |= {left, right}
-    old_ids = sorted(i for i, name in names.items() if name in needed | special)
+    old_ids = sorted(i for i, name in names.items() if name in needed or name in special.values())
     new_id = {names[old]: new for new, old in enumerate(old_ids)}
     spec["model"]["vocab"] = {name: new_id[name] for name in spec["model"]["vocab"] if name in new_id}
     spec["model"]["merges"] = [list(m) for m in merges if needed >= {*m, m[0] + m[1]}]
     spec["added_tokens"] = [t | {"id": new_id[t["content"]]} for t in spec["added_tokens"] if t["content"] in new_id]
-    cut = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token=tokenizer.eos_token,
-        pad_token=tokenizer.pad_token, bos_token=tokenizer.bos_token, unk_token=tokenizer.unk_token,
-    )
+    cut = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), **special)
     after = cut(list(texts), add_special_tokens=False).input_ids
     if any([old_ids[i] for i in new] != old for new, old in zip(after, before, strict=True)):
         raise RuntimeError("the cut tokenizer reads a text differently: set cut_vocabulary to False for this model")
     _set_embeddings(model, torch.tensor(old_ids))
     for config in (model.config, model.generation_config):
-        config.eos_token_id, config.pad_token_id = cut.eos_token_id, cut.pad_token_id
-        config.bos_token_id = cut.bos_token_id
+        for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+            setattr(config, name, getattr(cut, name))
     return cut
 
 
@@ -282,14 +258,12 @@ def split_layers(model: PreTrainedModel, n_frozen: int) -> tuple[nn.Module, PreT
     """The model in two that share its weights: (trunk, upper).
 
     `trunk(input_ids=…, attention_mask=…).last_hidden_state` is what leaves the lowest `n_frozen` layers, (B, T, H);
-    `upper(inputs_embeds=that, …)` goes on from there to the logits. Tuning `upper` tunes `model`.
-
-    Raises:
-        ValueError: the model is not built like a Llama (embed_tokens, layers, norm, rotary_emb).
+    `upper(inputs_embeds=that, …)` goes on from there to the logits. Tuning `upper` tunes `model`. The trunk is frozen
+    and in evaluation mode; `upper` is in training mode, whatever `model` is in: call upper.eval() to measure. Raises
+    ValueError where the model is not built like a Llama (embed_tokens, layers, norm, rotary_emb).
     """
     base = _decoder(model)
-    n_layers = len(base.layers)
-    lower, rest = range(n_frozen), range(n_frozen, n_layers)
+    lower, rest = range(n_frozen), range(n_frozen, len(base.layers))
     with torch.device("meta"):
         trunk = type(base)(_take_layers(copy.deepcopy(model.config), lower))
         upper = type(model)(_take_layers(copy.deepcopy(model.config), rest))
@@ -319,11 +293,10 @@ def _take_layers(config, places: Sequence[int]):
 
 def _set_embeddings(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """Keeps these rows of the input and output embeddings, as two matrices of their own, in place."""
-    rows_in = model.get_input_embeddings().weight.detach()[ids].clone()
-    rows_out = model.get_output_embeddings().weight.detach()[ids].clone()
-    head = nn.Linear(rows_out.shape[1], len(ids), bias=False)
-    head.weight = nn.Parameter(rows_out)
+    layers = model.get_input_embeddings(), model.get_output_embeddings()
+    inner, head = (layer.weight.detach()[ids] for layer in layers)
     model.config.tie_word_embeddings = False
     model.config.vocab_size = model.vocab_size = len(ids)
-    model.set_input_embeddings(nn.Embedding.from_pretrained(rows_in, freeze=False))
-    model.set_output_embeddings(head)
+    model.set_input_embeddings(nn.Embedding.from_pretrained(inner, freeze=False))
+    model.set_output_embeddings(nn.Linear(head.shape[1], len(ids), bias=False))
+    model.get_output_embeddings().weight = nn.Parameter(head)

@@ -11,14 +11,10 @@ from .trie import TitleTrie
 def log_rewards(rewards: Tensor) -> Tensor:
     """log R of any rewards of one's own, (..., n_items) → float64 of the same shape, in nats.
 
-    Raises:
-        ValueError: a reward is zero, negative, NaN or infinite; the message names the item.
+    Raises ValueError: a reward is zero, negative, NaN or infinite; the message names the item.
     """
     rewards = torch.as_tensor(rewards).double()
-    bad = ~((rewards > 0) & torch.isfinite(rewards))
-    if bad.any():
-        index = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"the reward of item {index[-1]} is {rewards[index]:g}; rewards must be positive and finite")
+    _refuse(~((rewards > 0) & rewards.isfinite()), "reward", rewards, "rewards must be positive and finite")
     return rewards.log()
 
 
@@ -32,25 +28,20 @@ def count_log_rewards(trie: TitleTrie, counts: Tensor, alpha: float = 1.0, smoot
     here every title counts `smoothing` more than was seen.
 
     Args:
-        counts: (n_items,) interactions of each item, ≥ 0.
-        smoothing: above 0.
+        counts: (n_items,) interactions of each item, ≥ 0. smoothing: above 0.
 
     Returns:
         (n_items,) float64.
 
     Raises:
-        ValueError: wrong length, or a negative, NaN or infinite count (the message names the item); smoothing is not
-            positive.
+        ValueError: wrong length; a negative, NaN or infinite count (the message names the item); smoothing not above 0.
     """
     if not smoothing > 0:
         raise ValueError(f"smoothing is {smoothing:g}; it must be positive, so that every title can be recommended")
     counts = torch.as_tensor(counts).double()
     if counts.shape != (trie.n_items,):
         raise ValueError(f"{tuple(counts.shape)} counts for {trie.n_items} items")
-    bad = ~((counts >= 0) & torch.isfinite(counts))
-    if bad.any():
-        item = int(bad.nonzero()[0, 0])
-        raise ValueError(f"the count of item {item} is {counts[item]:g}; counts must be 0 or more, and finite")
+    _refuse(~((counts >= 0) & counts.isfinite()), "count", counts, "counts must be 0 or more, and finite")
     per_leaf = torch.zeros(len(trie.leaves), dtype=torch.float64, device=counts.device)
     total = per_leaf.index_add(0, trie.item_leaf, counts)
     sharers = per_leaf.index_add(0, trie.item_leaf, torch.ones_like(counts))
@@ -60,17 +51,10 @@ def count_log_rewards(trie: TitleTrie, counts: Tensor, alpha: float = 1.0, smoot
 def preference_log_rewards(trie: TitleTrie, log_item_rewards: Tensor, log_p: Tensor, beta: float = 1.0) -> Tensor:
     """log R(leaf | u) = log R(leaf) + β · log p_u(leaf): the exact preference reward, per user and item, in nats.
 
-    It is raised up the tree like any reward, so that flow is conserved at every node for every user. Items that share a
-    leaf share it as in `count_log_rewards`.
+    log_item_rewards (n_items,) as of `count_log_rewards`; log_p (..., n_leaves) → (..., n_items). Like any
+    reward it is raised up the tree: flow is conserved at every node for every user. Items that share a leaf share it.
 
     Deviation: the paper tilts the edges of a path by the preference for the path's own title (`tilted`).
-
-    Args:
-        log_item_rewards: (n_items,) as of `count_log_rewards`.
-        log_p: (..., n_leaves) log preference of each leaf.
-
-    Returns:
-        (..., n_items).
     """
     return log_item_rewards + beta * log_p[..., trie.item_leaf]
 
@@ -86,17 +70,22 @@ def tilted(log_token_rewards: Tensor, log_p: Tensor, leaf: Tensor, reward: str, 
         log_token_rewards: (B, T) log r along each path.
         log_p: (B, n_leaves) log preference of each path's user. leaf: (B,) the path's title.
 
-    Raises:
-        ValueError: reward is neither div nor add.
+    Raises ValueError: reward is neither div nor add.
     """
     if reward not in ("div", "add"):
         raise ValueError(f"reward is {reward!r}: choose div or add")
     p = log_p.double().exp()
-    own, (low, high) = p.gather(1, leaf[:, None]), (p.amin(1, keepdim=True), p.amax(1, keepdim=True))
-    span = high - low
-    flat = span <= 0
+    own, (low, high) = p.gather(1, leaf[:, None]), p.aminmax(dim=1, keepdim=True)
+    flat = high == low
+    span = (high - low).masked_fill(flat, 1)
     if reward == "div":
-        s = torch.where(flat, 1.0, (own - p.mean(1, keepdim=True)) / span.masked_fill(flat, 1) + 1)
+        s = torch.where(flat, 1.0, (own - p.mean(1, keepdim=True)) / span + 1)
         return log_token_rewards / s.to(log_token_rewards)
-    relative = torch.where(flat, 1.0, ((own - low) / span.masked_fill(flat, 1)).clamp(min=1e-8))
+    relative = torch.where(flat, 1.0, ((own - low) / span).clamp(min=1e-8))
     return log_token_rewards + strength * relative.log().to(log_token_rewards)
+
+
+def _refuse(bad: Tensor, name: str, values: Tensor, rule: str) -> None:
+    if bad.any():
+        index = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"the {name} of item {index[-1]} is {values[index]:g}; {rule}")

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from . import data, losses
-from .losses import Paths, sft_loss, subpath_weights
+from .losses import sft_loss, subpath_weights
 from .model import Catalogue
 from .rewards import preference_log_rewards, tilted
 from .tree import left_padded, pack, positions, sample_leaves
@@ -26,12 +26,9 @@ from .trie import TitleTrie
 NO_TARGET, EOS_TARGET = -1, -2  # values in a row's `nodes` where there is no node of the tree
 
 
-# Settings
-
-
-def setting(default: Any, low: float = 0, high: float = math.inf, choices: Sequence[str] = ()) -> Any:
-    """A field of settings: its default, and the range or the choices that its value must keep to."""
-    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
+def setting(default: Any, **limits: Any) -> Any:
+    """A field of settings: its default, and the choices, or the low (else 0) and high, that its value must keep to."""
+    return field(default=default, metadata=limits)
 
 
 @dataclass(frozen=True)
@@ -43,22 +40,22 @@ class TrainSettings:
     max_history: int = setting(24, low=1)  # titles a model sees before the one it predicts
     # backbone (notebook 02)
     model: str = "smollm2-135m"  # "smollm2-135m", "tiny", or any causal LM by path or hub id
-    frozen_layers: int = setting(8)  # lower layers that run once and are cached (0: none)
-    tuned_layers: int = setting(4)  # layers trained above them (0: all of the model's)
+    frozen_layers: int = 8  # lower layers that run once and are cached (0: none)
+    tuned_layers: int = 4  # layers trained above them (0: all of the model's)
     cut_vocabulary: bool = True  # keep only the tokens that the catalogue and the prompt use
-    lora_rank: int = setting(0)  # LoRA on all linear layers of this rank (0: all trained weights)
+    lora_rank: int = 0  # LoRA on all linear layers of this rank (0: all trained weights)
     # training (notebooks 02 and 03)
     rows: str = setting("sequence", choices=("sequence", "target"))  # every title of a user a target, or one a prompt
-    learning_rate: float = setting(2e-3)
+    learning_rate: float = 2e-3
     batch_size: int = setting(8, low=1)  # rows a step
     device_batch: int = setting(8, low=1)  # rows that a device takes at a time; gradients add up to batch_size
     bfloat16: bool = True  # train in bfloat16 where the processor computes in it (GPUs; CPUs with AVX512_BF16 or AMX)
-    epochs: float = setting(1.0)
+    epochs: float = 1.0
     evaluations: int = setting(4, low=1)  # validations (and checkpoints) during training
-    validation_rows: int = setting(256)  # rows of valid.parquet that select the checkpoint (0: all)
+    validation_rows: int = 256  # rows of valid.parquet that select the checkpoint (0: all)
     # Flower (notebook 03)
     reward: str = setting("exact", choices=("none", "exact", "div", "add"))  # "exact": item reward * p_ui^beta
-    beta: float = setting(1.0)  # of p_ui^beta in the reward "exact"; strength of "add"
+    beta: float = 1.0  # of p_ui^beta in the reward "exact"; strength of "add"
     flow: str = setting("divergence", choices=("subtb", "divergence"))  # the paper's loss, or Flower-KL's
     theta: float = setting(0.1, high=1)  # loss = theta * SFT + (1 - theta) * flow
     lam: float = setting(1.0, high=1)  # SubTB's lambda
@@ -67,7 +64,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, limits = getattr(self, f.name), f.metadata or {"low": 0, "high": math.inf, "choices": ()}
+            value, limits = getattr(self, f.name), {"low": 0, "high": math.inf, "choices": ()} | f.metadata
             if limits["choices"] and value not in limits["choices"]:
                 raise ValueError(f"{f.name} is {value!r}: choose one of {', '.join(limits['choices'])}")
             if type(value) in (int, float) and not limits["low"] <= value <= limits["high"]:
@@ -77,18 +74,19 @@ class TrainSettings:
         if self.flow == "divergence" and self.reward in ("div", "add"):
             raise ValueError(f"reward {self.reward!r} is of one path, not of a node's children: set flow to subtb")
         if self.tuned_layers and not self.frozen_layers:
-            raise ValueError("tuned_layers without frozen_layers would throw the lower layers away: set both or neither")
+            raise ValueError("tuned_layers but no frozen_layers would throw the lower layers away: set both or neither")
 
     @property
     def method(self) -> str:
-        """ "SFT", "Flower" (the paper's SubTB) or "Flower-KL" (divergence at every node)."""
-        return "SFT" if self.theta == 1 else "Flower" if self.flow == "subtb" else "Flower-KL"
+        """ "SFT"; "Flower", the paper's (SubTB; reward none, div or add); "Flower-KL" (divergence at every node; reward
+        exact). Another reward stands behind the name of the loss: "Flower, reward exact"."""
+        if self.theta == 1:
+            return "SFT"
+        name, own = ("Flower", ("none", "div", "add")) if self.flow == "subtb" else ("Flower-KL", ("exact",))
+        return name if self.reward in own else f"{name}, reward {self.reward}"
 
 
 OF_FLOWER = ("reward", "beta", "flow", "lam", "n_paths", "paths")  # settings that do not touch SFT
-
-
-# Rows
 
 
 @dataclass
@@ -122,14 +120,9 @@ class Rows(Dataset):
         return row
 
 
-
 def make_rows(catalogue: Catalogue, histories: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Rows:
-    """Rows of prompt, then targets one after the other, each ending in ⊤, then eos if the catalogue has one.
-
-    Args:
-        histories: item positions of each prompt.
-        targets: item positions of each row's targets (one in the paper's form, a whole sequence in the other).
-    """
+    """Rows of prompt, then targets one after the other, each ending in ⊤, then eos if the catalogue has one. Histories
+    and targets are lists of item positions, one a row (a row's targets are one title in the paper's form)."""
     item_paths = [path[path >= 0].numpy() for path in catalogue.trie.paths(catalogue.trie.leaf)]
     item_leaf = catalogue.trie.item_leaf.tolist()
     ids, nodes = [], []
@@ -168,24 +161,20 @@ def validation_rows(catalogue: Catalogue, tables: data.Tables, settings: TrainSe
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Rows → input_ids, attention_mask, nodes (B, L) and, with a trunk, inputs_embeds (B, L, H), padded on the left;
     leaves (B, M), -1 on the right, and n_history (B,)."""
-    ids, mask = left_padded([row["input_ids"].tolist() for row in rows])
-    nodes, _ = left_padded([row["nodes"].tolist() for row in rows], pad=NO_TARGET)
+    ids, mask = left_padded([row["input_ids"] for row in rows])
+    nodes, _ = left_padded([row["nodes"] for row in rows], pad=NO_TARGET)
     leaves = pad_sequence([torch.tensor(row["leaves"]) for row in rows], batch_first=True, padding_value=-1)
     batch = {"input_ids": ids, "attention_mask": mask, "nodes": nodes, "leaves": leaves,
              "n_history": torch.tensor([row["n_history"] for row in rows])}
     if "hidden" in rows[0]:
-        batch["inputs_embeds"] = torch.zeros(*ids.shape, rows[0]["hidden"].shape[-1])
-        for states, row in zip(batch["inputs_embeds"], rows):
-            states[len(states) - len(row["hidden"]) :] = torch.from_numpy(np.asarray(row["hidden"], np.float32))
+        hidden = [torch.from_numpy(np.asarray(row["hidden"], np.float32)) for row in rows]
+        batch["inputs_embeds"] = pad_sequence(hidden, batch_first=True, padding_side="left")
     return batch
 
 
-# The loss of a batch
-
-
 class Preference(Protocol):
-    """A model of p_ui. `log_p`: (B, M) leaf ids, -1 after a row's end → (B, M + 1, n_leaves) nats, after the first 0, 1, …, M
-    titles."""
+    """A model of p_ui. `log_p`: (B, M) leaf ids, -1 after a row's end → (B, M + 1, n_leaves) nats, after the first 0,
+    1, …, M titles."""
 
     def log_p(self, leaves: Tensor) -> Tensor: ...
 
@@ -193,21 +182,18 @@ class Preference(Protocol):
 class Objective:
     """Flower's loss of a batch, θ · L_SFT + (1 − θ) · L_flow; θ = 1 is SFT.
 
-    log π is over the whole vocabulary. The paths of the flow loss are the logged titles, or `n_paths` a row drawn from the
-    flow or from the model under the tree's mask; drawn paths share one forward pass with the logged row.
+    log π is over the whole vocabulary. The paths of the flow loss are the logged titles, or `n_paths` a row drawn from
+    the flow or from the model under the tree's mask; drawn paths share one forward pass with the logged row.
 
-    Deviation: the official code samples through a switched-off cache, so that all tokens but the first ignore the prompt;
-    paths here see the whole prompt. Preferences are those of the very row (the official code takes training rows' by index
-    in validation).
+    Deviation: the official code samples through a switched-off cache, so that all tokens but the first ignore the
+    prompt; paths here see the whole prompt. Preferences are those of the very row (the official code takes training
+    rows' by index in validation).
 
     Args:
-        trie, log_item_rewards: the tree, and (n_items,) log R, nats, alike for all users.
+        trie, log_item_rewards: the tree, and (n_items,) log R, nats, alike for all users; positive, else ValueError.
         settings: theta, lam, flow, paths, n_paths, reward, beta and seed are used.
-        preference: p_ui, for every reward but "none". It reads the titles of the row itself.
+        preference: p_ui, for every reward but "none", else ValueError. It reads the titles of the row itself.
         leaf_weights: (n_leaves,) weight of each target in the SFT loss (IFairLRS), or None.
-
-    Raises:
-        ValueError: the reward needs a preference model and there is none; a reward is not positive.
     """
 
     def __init__(
@@ -215,7 +201,7 @@ class Objective:
         leaf_weights: Tensor | None = None, device: torch.device | str = "cpu",
     ):
         if settings.theta < 1 and settings.reward != "none" and preference is None:
-            raise ValueError(f"reward {settings.reward!r} needs a preference model: run notebook 01, or set reward to none")
+            raise ValueError(f"reward {settings.reward!r} needs a preference model: run notebook 01 or set reward none")
         self.trie, self.settings, self.theta = trie.to(device), settings, settings.theta
         self.log_item_rewards = log_item_rewards.float().to(device)
         self.log_r = self.trie.log_token_rewards(self.log_item_rewards)
@@ -223,48 +209,43 @@ class Objective:
         self.preference = preference.eval().to(device) if preference is not None else None
 
     def __call__(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """"sft" and, where θ < 1, "flow": each a mean and the weight of the terms that it is the mean of.
-
-        Args:
-            batch: as `collate` gives it.
-        """
-        batch = dict(batch)
+        """"sft" and, where θ < 1, "flow" of a batch from `collate`: each a mean and the weight of the terms in it."""
+        batch, settings, log_p = dict(batch), self.settings, None
         nodes, leaves, n_history = (batch.pop(name) for name in ("nodes", "leaves", "n_history"))
-        mask = batch["attention_mask"]
+        width = nodes.shape[1]
         starts = (nodes >= 0) & (self.trie.depth[nodes.clamp(min=0)] == 1)
         before = (n_history[:, None] + starts.cumsum(-1) - 1).clamp(min=0)  # titles before the one that a token is of
-        predictor = (torch.arange(nodes.shape[1], device=nodes.device) - 1).expand_as(nodes)
-        drawn = torch.zeros_like(nodes, dtype=torch.bool)
-        batch["position_ids"] = positions(mask)
-        log_p = self._log_p(leaves) if self.theta < 1 else None
-        if self.theta < 1 and self.settings.paths != "logged":
-            with torch.random.fork_rng(enabled=not model.training):
+        predictor = (torch.arange(width, device=nodes.device) - 1).expand_as(nodes)
+        batch["position_ids"] = positions(batch["attention_mask"])
+        if self.theta < 1 and settings.reward != "none":
+            with torch.no_grad():
+                log_p = self.preference.log_p(leaves[:, :-1])
+        if self.theta < 1 and settings.paths != "logged":
+            gpus = [nodes.device] if nodes.is_cuda else []
+            with torch.random.fork_rng(gpus, enabled=not model.training):
                 if not model.training:  # validations draw by the seed alone, so that they compare
-                    torch.manual_seed(self.settings.seed)
-                branch = torch.multinomial(starts.float(), self.settings.n_paths, replacement=True)  # (B, P) starts
-                ends = self.draw_leaves(model, batch, branch, before, log_p)
+                    torch.manual_seed(settings.seed)
+                branch = torch.multinomial(starts.float(), settings.n_paths, replacement=True)  # (B, P) starts
+                ends = self.draw_leaves(getattr(model, "module", model), batch, branch, before, log_p)  # unwrapped
             paths = self.trie.paths(ends.flatten())
-            paths = paths[:, : int((paths >= 0).sum(-1).max())].reshape(len(nodes), -1)  # (B, P * T)
+            each = int((paths >= 0).sum(-1).max())
+            paths = paths[:, :each].reshape(len(nodes), -1)  # (B, P * T)
             batch, predictor = self.packed(batch, paths, branch)
-            drawn = torch.cat([drawn, paths >= 0], 1)
-            nodes = torch.cat([nodes, torch.where(paths >= 0, paths, NO_TARGET)], 1)
-            each = paths.shape[1] // branch.shape[1]
+            nodes = torch.cat([nodes, paths], 1)
             before = torch.cat([before, before.gather(1, branch).repeat_interleave(each, 1)], 1)
-        tokens = batch["input_ids"]
-        if "inputs_embeds" in batch:
-            del batch["input_ids"]
+        tokens = batch.pop("input_ids") if "inputs_embeds" in batch else batch["input_ids"]
         target = nodes != NO_TARGET
         first = int(predictor[target].min())  # no logits are needed before it
         logits = model(**batch, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
-        rows = target.nonzero()[:, 0]
+        rows, columns = target.nonzero().T
         logits = logits[rows, predictor[target] - first].float()
         norm = logits.logsumexp(-1)
         log_pf = logits.gather(1, tokens[target][:, None])[:, 0] - norm
-        drawn = drawn[target]
+        logged = columns < width
         weight = 1.0 if self.leaf_weights is None else self.leaf_weights[leaves[rows, before[target]]]
-        parts = {"sft": (sft_loss(log_pf, ~drawn, weight), (~drawn).sum())}
+        parts = {"sft": (sft_loss(log_pf, logged, weight), logged.sum())}
         if self.theta < 1:
-            use = (nodes[target] >= 0) & (drawn if drawn.any() else ~drawn)
+            use = (nodes[target] >= 0) & (logged == logged.all())
             log_p = log_p[rows, before[target]][use] if log_p is not None else None
             parts["flow"] = self._flow(logits[use], norm[use], log_pf[use], nodes[target][use], log_p)
         return parts
@@ -277,55 +258,37 @@ class Objective:
         """θ · sft + (1 − θ) · flow."""
         return self.theta * parts["sft"] + (1 - self.theta) * parts["flow"] if "flow" in parts else parts["sft"]
 
-    @torch.no_grad()
-    def _log_p(self, leaves: Tensor) -> Tensor | None:
-        """(B, M, n_leaves) log p_ui after the first 0, 1, … titles of each row, or None where no reward asks."""
-        return None if self.settings.reward == "none" else self.preference.log_p(leaves[:, :-1])
-
     def _flow(
         self, logits: Tensor, norm: Tensor, log_pf: Tensor, nodes: Tensor, log_p: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The flow loss over titles laid one after the other, and the weight of its terms.
-
-        Args:
-            logits, norm, log_pf: of the tokens, (n, V), (n,) and (n,). nodes: (n,) the nodes that they reach.
-            log_p: (n, n_leaves) preferences of the user at that place, or None.
-        """
+        """The flow loss over titles laid one after the other, and the weight of its terms: logits (n, V), their
+        logsumexp, log π of the tokens and the nodes that they reach, (n,), preferences of the users there,
+        (n, n_leaves) or None."""
         settings, depth = self.settings, self.trie.depth[nodes] - 1
-        path = (depth == 0).cumsum(0) - 1
-        log_p = log_p[depth == 0] if log_p is not None else None
-        if log_p is not None and settings.reward == "exact":
-            own = preference_log_rewards(self.trie, self.log_item_rewards, log_p, settings.beta)
+        begins = depth == 0
+        path = begins.cumsum(0) - 1
+        log_r = self.log_r.expand(int(path[-1]) + 1, -1)
+        if settings.reward == "exact":
+            own = preference_log_rewards(self.trie, self.log_item_rewards, log_p[begins], settings.beta)
             log_r = self.trie.log_token_rewards(own)
-        else:
-            log_r = self.log_r.expand(int(path[-1]) + 1, -1)
-        mask = torch.zeros(int(path[-1]) + 1, int(depth.max()) + 1, dtype=torch.bool, device=nodes.device)
-        mask[path, depth] = True
         if settings.flow == "divergence":
             state, children = self.trie.children(self.trie.parent[nodes])
             edge_log_pf = logits[state, self.trie.token[children]] - norm[state]
-            paths = Paths(mask, edge_log_pf=edge_log_pf, edge_log_r=log_r[path[state], children], n_states=len(nodes))
-            return losses.flow_loss("divergence", paths), torch.tensor(len(nodes), device=nodes.device)
-        rows_pf, rows_r = (torch.zeros(mask.shape, device=nodes.device) for _ in range(2))
-        rows_pf = rows_pf.index_put((path, depth), log_pf)
-        rows_r[path, depth] = log_r[path, nodes]
+            value = losses.divergence_loss(edge_log_pf, log_r[path[state], children], len(nodes))
+            return value, torch.tensor(len(nodes), device=nodes.device)
+        mask = torch.zeros(len(log_r), int(depth.max()) + 1, dtype=torch.bool, device=nodes.device)
+        mask[path, depth] = True
+        rows = torch.zeros(mask.shape, device=nodes.device)
+        rows_pf, rows_r = rows.masked_scatter(mask, log_pf), rows.masked_scatter(mask, log_r[path, nodes])
         if settings.reward in ("div", "add"):
-            ends = torch.cat([depth[1:] == 0, torch.ones_like(depth[:1], dtype=torch.bool)])
-            rows_r = tilted(rows_r, log_p, self.trie.node_leaf[nodes[ends]], settings.reward, settings.beta)
-        paths = Paths(mask, rows_pf, rows_r)
-        return losses.flow_loss("subtb", paths, settings.lam), subpath_weights(mask, settings.lam).sum()
+            ends = self.trie.node_leaf[nodes[begins.roll(-1)]]
+            rows_r = tilted(rows_r, log_p[begins], ends, settings.reward, settings.beta)
+        return losses.subtb_loss(rows_pf, rows_r, mask, settings.lam), subpath_weights(mask, settings.lam).sum()
 
-    def packed(
-        self, batch: dict[str, Tensor], paths: Tensor, branch: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """P more titles a row, packed behind it: each sees what stands before its column `branch`, and itself.
-
-        Args:
-            paths: (B, P · T) nodes of the titles, -1 after their ends. branch: (B, P).
-
-        Returns:
-            The batch with a (B, 1, L', L') mask; and the column that predicts each token, (B, L').
-        """
+    def packed(self, batch: dict[str, Tensor], paths: Tensor, branch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """P more titles a row, packed behind it: each sees what stands before its column `branch`, (B, P), and itself.
+        Paths are their nodes, (B, P · T), -1 after their ends. Returns the batch with a (B, 1, L', L') mask, and the
+        column that predicts each token, (B, L')."""
         ids, each = batch["input_ids"], paths.shape[1] // branch.shape[1]
         group = torch.arange(branch.shape[1], device=paths.device).repeat_interleave(each)
         seen = pack(self.trie, batch["attention_mask"], branch.repeat_interleave(each, 1), paths, group)

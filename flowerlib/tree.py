@@ -1,13 +1,14 @@
 """The model on the tree of titles: nodes packed behind prompts, the exact log π of every edge, draws, beams, lists.
 
-Packed means: rows of tokens and, behind them in one sequence, nodes of the tree. A node stands at the position of its depth
-behind its row. It sees the row as far as it follows it, and the packed nodes of its own group on the path to it.
+Packed means: rows of tokens and, behind them in one sequence, nodes of the tree (-1: none). A node stands at the
+position of its depth behind its row. It sees the row as far as it follows it, and the packed nodes of its own group on
+the path to it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as padded
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel
 
@@ -25,15 +28,12 @@ from .model import Catalogue, load_trained, split_layers, trained_folder
 from .rewards import preference_log_rewards
 from .trie import TitleTrie, segment_logsumexp
 
-# Packing
 
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
+def left_padded(rows: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tuple[Tensor, Tensor]:
     """Token lists → input_ids and attention_mask, (B, T) each, padded on the left."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, (torch.arange(width) >= width - lengths[:, None]).long()
+    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+    return ids, pad_sequence(list(map(torch.ones_like, rows)), batch_first=True, padding_side="left")
 
 
 def positions(attention_mask: Tensor) -> Tensor:
@@ -42,14 +42,15 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 
 def seen_by_nodes(
-    trie: TitleTrie, attention_mask: Tensor, limit: Tensor, nodes: Tensor, group: Tensor, packed: Tensor, packed_group: Tensor
+    trie: TitleTrie, attention_mask: Tensor, limit: Tensor, nodes: Tensor, group: Tensor, packed: Tensor,
+    packed_group: Tensor,
 ) -> Tensor:
     """What nodes see of their rows and of the nodes packed behind these: (B, W, T + N) bool.
 
     Args:
         attention_mask: (B, T) of the rows. limit: (B, W) how many columns of its row each node follows.
-        nodes: (B, W), -1 where there is none. group: (W,) a number; nodes see their own group alone.
-        packed, packed_group: (B, N) and (N,) all nodes in the sequence, `nodes` among them.
+        nodes: (B, W). group: (W,) a number; nodes see their own group alone.
+        packed, packed_group: (B, N) and (N,) all nodes in the sequence.
     """
     column = torch.arange(attention_mask.shape[1], device=limit.device)
     of_row = attention_mask.bool()[:, None] & (column < limit[..., None])
@@ -58,15 +59,14 @@ def seen_by_nodes(
 
 
 def pack(trie: TitleTrie, attention_mask: Tensor, limit: Tensor, nodes: Tensor, group: Tensor) -> dict[str, Tensor]:
-    """Mask (B, 1, T + W, T + W) and positions (B, T + W) for a pass over rows and the nodes behind them, without a cache.
+    """Mask (B, 1, T + W, T + W) and positions (B, T + W) for a pass over rows and the nodes behind them, no cache.
 
-    Args:
-        attention_mask: (B, T). limit, nodes, group: as `seen_by_nodes` takes them.
+    The arguments are those of `seen_by_nodes`.
     """
     n, width = attention_mask.shape
-    rows = attention_mask.bool()[:, None] & torch.ones(width, width, dtype=torch.bool, device=nodes.device).tril()
-    rows = torch.nn.functional.pad(rows, (0, nodes.shape[1]))
-    visible = torch.cat([rows, seen_by_nodes(trie, attention_mask, limit, nodes, group, nodes, group)], 1)
+    limits = torch.cat([torch.arange(1, width + 1, device=nodes.device).expand(n, -1), limit], 1)  # of rows' tokens too
+    of_all, groups = padded(nodes, (width, 0), value=-1), padded(group, (width, 0))
+    visible = seen_by_nodes(trie, attention_mask, limits, of_all, groups, nodes, group)
     itself = torch.eye(visible.shape[1], dtype=torch.bool, device=nodes.device)  # a softmax over nothing would be NaN
     position = positions(attention_mask)
     behind = position.gather(1, limit - 1) + trie.depth[nodes.clamp(min=0)]
@@ -74,32 +74,29 @@ def pack(trie: TitleTrie, attention_mask: Tensor, limit: Tensor, nodes: Tensor, 
 
 
 class Prompts:
-    """Rows of tokens that a model has read into a cache, and the nodes packed behind them so far.
-
-    Attributes:
-        logits: (B, P, V) where each of the P groups begins.
-    """
+    """Rows of tokens that a model has read into a cache, and the nodes packed behind them so far. `logits`: (B, P, V)
+    where each of the P groups begins."""
 
     def __init__(
-        self, model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, attention_mask: Tensor, branch: Tensor | None = None
+        self, model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, attention_mask: Tensor,
+        branch: Tensor | None = None,
     ):
-        """branch: (B, P) how many columns of its row each group follows; None is one group behind the whole row."""
-        self.model, self.trie, self.mask = model, trie, attention_mask
-        everything = torch.full((len(input_ids), 1), input_ids.shape[1], device=input_ids.device)
-        self.branch = everything if branch is None else branch
-        position, last = positions(attention_mask), (self.branch - 1).unique()
+        """branch: (B, P) how many columns of its row each group follows; None lets every group follow the whole row."""
+        if branch is None:
+            branch = torch.full((len(input_ids), 1), input_ids.shape[1], device=input_ids.device)
+        self.model, self.trie, self.mask, self.branch = model, trie, attention_mask, branch
+        position, (last, place) = positions(attention_mask), (branch - 1).unique(return_inverse=True)
         out = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position, use_cache=True,
                     logits_to_keep=last)
-        place = torch.searchsorted(last, self.branch - 1)[..., None].expand(-1, -1, out.logits.shape[-1])
-        self.logits, self.cache = out.logits.gather(1, place), out.past_key_values
-        self.position = position.gather(1, self.branch - 1)
-        self.nodes = torch.zeros(len(input_ids), 0, dtype=torch.long, device=input_ids.device)
+        self.logits = out.logits[torch.arange(len(branch), device=branch.device)[:, None], place]
+        self.cache, self.position = out.past_key_values, position.gather(1, branch - 1)
+        self.nodes = branch.new_zeros(len(branch), 0)
         self.group = self.nodes[0]
 
     def extend(self, nodes: Tensor, group: Tensor) -> Tensor:
-        """Packs (B, W) more nodes, -1 where there is none, of (W,) groups → (B, W, V) logits there."""
+        """Packs (B, W) more nodes of (W,) groups → (B, W, V) logits there."""
         self.nodes, self.group = torch.cat([self.nodes, nodes], 1), torch.cat([self.group, group])
-        of_branch = group if self.branch.shape[1] > 1 else torch.zeros_like(group)
+        of_branch = group.clamp(max=self.branch.shape[1] - 1)
         visible = seen_by_nodes(self.trie, self.mask, self.branch[:, of_branch], nodes, group, self.nodes, self.group)
         node = nodes.clamp(min=0)
         return self.model(
@@ -108,13 +105,8 @@ class Prompts:
         ).logits
 
 
-# Exact distribution and draws
-
-
 class PackedTree:
-    """A whole tree behind one prompt: log π of any of its edges, exact, trainable.
-
-    Prompt and tree never change, so that frozen lower layers run once, here.
+    """A whole tree behind one prompt: log π of any of its edges, exact, trainable. Frozen lower layers run once, here.
 
     Attributes:
         model: what is tuned: the upper layers, or all of them.
@@ -126,27 +118,22 @@ class PackedTree:
         nodes_at_a_time: int = 512,
     ):
         """context: the prompt's tokens. nodes_at_a_time bounds the memory: so many nodes' logits are held at once."""
-        self.trie = trie.to(model.device)
-        self.context = torch.tensor(context, device=model.device)
+        self.model, self.trie = model, trie.to(model.device)
         self.width, self.nodes_at_a_time, self.forward_tokens = len(context), nodes_at_a_time, 0
-        self.model, self.hidden = model, None
+        tokens = torch.cat([torch.tensor(context, device=model.device), self.trie.token])
+        self.read = {"input_ids": tokens}  # what the model reads of prompt and nodes, (width + n_nodes, …)
         if n_frozen:
             trunk, self.model = split_layers(model, n_frozen)
             self.model.get_input_embeddings().requires_grad_(False)
-            self.hidden = self._run_trunk(trunk)
-
-    @torch.no_grad()
-    def _run_trunk(self, trunk: PreTrainedModel) -> Tensor:
-        """(width + n_nodes, H) what leaves the frozen layers, for the prompt and then every inner node."""
-        hidden = torch.zeros(self.width + self.trie.n_nodes, trunk.config.hidden_size, device=self.context.device)
-        for nodes, _ in self._chunks():
-            out = trunk(**self._inputs(nodes), use_cache=False)
-            hidden[self._rows(nodes)] = out.last_hidden_state[0]
-        return hidden
+            hidden = torch.zeros(len(tokens), trunk.config.hidden_size, device=model.device)
+            with torch.no_grad():
+                for nodes, _ in self._chunks():
+                    hidden[self._rows(nodes)] = trunk(**self._inputs(nodes), use_cache=False).last_hidden_state[0]
+            self.read = {"inputs_embeds": hidden}
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The tree in parts: nodes that go through the model, ascending; and which of root and these are the part's own, as
-        places (the others are there to be seen). Every inner node is one part's own."""
+        """The tree in parts: nodes that go through the model, ascending; and which of root and these are the part's
+        own, as places (the others are there to be seen). Every inner node is one part's own."""
         root = self.trie.parent.new_zeros(1)
         for chunk in torch.cat([root, self.trie.inner]).split(self.nodes_at_a_time):
             nodes = self.with_ancestors(chunk[chunk > 0])
@@ -157,35 +144,25 @@ class PackedTree:
         closed = self.trie.paths(nodes).unique()
         return closed[closed > 0]
 
-    def _inputs(self, nodes: Tensor) -> dict[str, Tensor]:
-        """What the model takes to read the prompt and the nodes behind it."""
-        prompt, limit = torch.ones_like(self.context)[None], torch.full_like(nodes, self.width)[None]
-        packed = pack(self.trie, prompt, limit, nodes[None], torch.zeros_like(nodes))
-        if self.hidden is None:
-            return {"input_ids": torch.cat([self.context, self.trie.token[nodes]])[None], **packed}
-        return {"inputs_embeds": self.hidden[self._rows(nodes)][None], **packed}
-
     def _rows(self, nodes: Tensor) -> Tensor:
         return torch.cat([torch.arange(self.width, device=nodes.device), self.width + nodes])
 
+    def _inputs(self, nodes: Tensor) -> dict[str, Tensor]:
+        """What the model takes to read the prompt and the nodes behind it."""
+        prompt, limit = nodes.new_ones(1, self.width), torch.full_like(nodes, self.width)[None]
+        packed = pack(self.trie, prompt, limit, nodes[None], torch.zeros_like(nodes))
+        return packed | {name: values[self._rows(nodes)][None] for name, values in self.read.items()}
+
     def edges(self, nodes: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log π over the whole vocabulary, nats, where titles go on.
-
-        Args:
-            nodes: (m,) as `with_ancestors` gives them. own: (k,) places in root and nodes.
-
-        Returns:
-            The children of the nodes at `own`, (n,); log π of the edges into them, (n,); log π of the terminator at the
-            nodes at `own`, (k,).
-        """
+        """Nodes (m,), as `with_ancestors` gives them, and places (k,) in root and nodes → children of the nodes there,
+        (n,); log π of the edges into these, (n,); log π of the terminator there, (k,): over the vocabulary, nats."""
         if self.model.training:
             self.forward_tokens += self.width + len(nodes)
-        logits_to_keep = self.width - 1 + own
-        logits = self.model(**self._inputs(nodes), use_cache=False, logits_to_keep=logits_to_keep).logits[0].float()
+        out = self.model(**self._inputs(nodes), use_cache=False, logits_to_keep=self.width - 1 + own)
+        logits, token = out.logits[0].float(), self.trie.token
         total = logits.logsumexp(-1)
         rows, children = self.trie.children(torch.cat([nodes.new_zeros(1), nodes])[own])
-        terminator = self.trie.token[self.trie.leaves[0]]
-        return children, logits[rows, self.trie.token[children]] - total[rows], logits[:, terminator] - total
+        return children, logits[rows, token[children]] - total[rows], logits[:, token[self.trie.leaves[0]]] - total
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(children, log π of the edges into them) of the whole tree, every edge once, a part at a time."""
@@ -194,8 +171,8 @@ class PackedTree:
 
     @torch.no_grad()
     def log_probs(self) -> Tensor:
-        """(n_nodes,) log π of every edge over the whole vocabulary, in nats, 0 at the root: exact, no title is drawn."""
-        total = torch.zeros(self.trie.n_nodes, device=self.context.device)
+        """(n_nodes,) log π of every edge over the whole vocabulary, nats, 0 at the root: exact, no title is drawn."""
+        total = torch.zeros(self.trie.n_nodes, device=self.trie.parent.device)
         for children, log_pf in self.parts():
             total[children] = log_pf
         return total
@@ -205,22 +182,16 @@ class PackedTree:
 def sample_leaves(
     model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, attention_mask: Tensor, branch: Tensor
 ) -> Tensor:
-    """Draws P titles for each row from the model renormalised over the children of each node.
+    """Draws P titles for each row from the model renormalised over the children of each node: (B, P) leaf nodes.
 
-    Each row is read once; its paths go through the model packed behind it. Only the children's logits are looked at, and
-    the model is asked no more once no path can fork.
+    Each row is read once; its paths go through the model packed behind it, as long as one can fork. Raises ValueError
+    where the model's scores are NaN.
 
     Args:
         input_ids, attention_mask: (B, T) rows padded on the left.
         branch: (B, P) how many columns of its row each path follows; it does not see the others.
-
-    Returns:
-        (B, P) leaf nodes.
-
-    Raises:
-        ValueError: the model's scores are NaN.
     """
-    prompts, group = Prompts(model, trie, input_ids, attention_mask, branch), torch.arange(branch.shape[1], device=branch.device)
+    prompts = Prompts(model, trie, input_ids, attention_mask, branch)
     nodes, logits = torch.zeros_like(branch).flatten(), prompts.logits
     while True:
         rows, children = trie.children(nodes)
@@ -235,16 +206,13 @@ def sample_leaves(
             while (inner := trie.node_leaf[nodes] < 0).any():
                 nodes = torch.where(inner, trie.child_start[nodes], nodes)
             return nodes.view_as(branch)
-        logits = prompts.extend(nodes.view_as(branch), group)
-
-
-# Beams
+        logits = prompts.extend(nodes.view_as(branch), torch.arange(branch.shape[1], device=branch.device))
 
 
 class TrieLogitsProcessor(LogitsProcessor):
     """Masks every token that does not continue a title, for transformers' `generate`.
 
-    Where nothing continues it allows ⊤ alone: give `generate` eos_token_id=terminator, so that it stops where titles end.
+    Where nothing continues it allows ⊤ alone: give `generate` eos_token_id=terminator, to stop where titles end.
 
     Args:
         prompt_length: columns of input_ids that hold the prompt.
@@ -280,7 +248,8 @@ class Beams:
         child_renormalised: take π over the children of each node alone (those left, where seen titles are out).
         seen_allowed: titles that the user has seen may be recommended again.
         stochastic: draw n different titles, one after the other without replacement, from π over the children, as the
-            top n by Gumbel noise sent down the tree (Kool et al. 2019): exact. The list is in the order of drawing.
+            top n by Gumbel noise sent down the tree (Kool, van Hoof and Welling, *Stochastic Beams and Where to Find
+            Them*, ICML 2019): exact. The list is in the order of drawing.
         temperature: logits are divided by it before anything else.
         guide: weight w of the user's preference: a step scores (1 − w) · log π + w · log r, π over the children and r
             the token reward of p_ui (D3, Bao et al. 2024).
@@ -307,24 +276,17 @@ def beam_search(
     seen: Sequence[Sequence[int]] | None = None, batch_size: int = 16, progress: str | None = None,
     log_p: Tensor | None = None, seed: int = 0,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The best titles after each history, for each of the searches; they share the passes through the model.
-
-    The beams of all searches are packed behind their prompt: it is computed and stored once, and no cache is copied when
-    beams change places. `TrieLogitsProcessor` does the same search through transformers' `generate`, with a copy of the
-    prompt and its cache per beam, and is its reference in the tests.
+    """The best titles after each history, for each of the searches: their beams are packed behind one prompt, which is
+    read once, and no cache is copied when beams change places. The tests' reference is `TrieLogitsProcessor`.
 
     Args:
         histories: item positions in the prompts, oldest first; may be empty.
         seen: item positions not to be recommended, where they are more than the histories.
-        progress: label of a progress bar, or None.
-        log_p: (N, n_leaves) log preference of each user, for searches with a guide.
-        seed: of the stochastic searches.
+        progress: label of a progress bar, or None. seed: of the stochastic searches.
+        log_p: (N, n_leaves) log preference of each user; ValueError if a search has a guide and it is missing.
 
     Returns:
         For each search, leaf ids (N, n) best first and -1 where a list is shorter; scores (N, n), -inf there.
-
-    Raises:
-        ValueError: a search has a guide, and log_p is missing.
     """
     if log_p is None and any(s.guide for s in searches):
         raise ValueError("a search with a guide needs log_p, the users' preferences")
@@ -339,93 +301,62 @@ def beam_search(
         blocked = nodes_of_seen(trie, [(histories if seen is None else seen)[i] for i in batch])
         guide = None if log_p is None else _guide(trie, log_p[batch].to(model.device))
         started = [
-            _Search(trie, search, None if search.seen_allowed else blocked, guide, generator).run(prompts.logits)
+            _Search(trie, search, None if search.seen_allowed else blocked, guide, generator, prompts.logits)
             for search, generator in zip(searches, generators)
         ]
-        for (leaf, score), (leaves, scores) in zip(_run(prompts, started), results, strict=True):
-            leaves[batch], scores[batch] = leaf.cpu().numpy(), score.cpu().numpy()
+        while going := [(i, search) for i, search in enumerate(started) if search.nodes.numel()]:
+            nodes = [search.nodes for _, search in going]
+            group = torch.cat([torch.full_like(beams[0], i) for (i, _), beams in zip(going, nodes)])
+            logits = prompts.extend(torch.cat(nodes, 1), group).split([beams.shape[1] for beams in nodes], 1)
+            for (_, search), part in zip(going, logits):
+                search.step(part)
+        for search, (leaves, scores) in zip(started, results):
+            leaves[batch], scores[batch] = search.leaf.cpu().numpy(), search.best_score.cpu().numpy()
     return results
 
 
-_Steps = Generator[Tensor, Tensor, tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class _Candidates:
-    """The children of every prompt's beams side by side, (B, most): key ranks them, -inf at unused places."""
-
-    key: Tensor
-    score: Tensor  # the sum so far, nats
-    node: Tensor
-
-
-def _run(prompts: Prompts, searches: Sequence[_Steps]) -> list[tuple[Tensor, Tensor]]:
-    """What each of the searches returns; the beams of all go through the model together, a group each."""
-    results: dict[int, tuple[Tensor, Tensor]] = {}
-    wanted: dict[int, Tensor] = {}
-
-    def go_on(i: int, logits: Tensor | None) -> None:
-        try:
-            wanted[i] = searches[i].send(logits)
-        except StopIteration as end:
-            results[i] = end.value
-            wanted.pop(i, None)
-
-    for i in range(len(searches)):
-        go_on(i, None)
-    while wanted:
-        widths = [nodes.shape[1] for nodes in wanted.values()]
-        group = torch.tensor([i for i, width in zip(wanted, widths) for _ in range(width)], device=prompts.nodes.device)
-        logits = prompts.extend(torch.cat(list(wanted.values()), 1), group)
-        for i, part in zip(list(wanted), logits.split(widths, 1)):
-            go_on(i, part)
-    return [results[i] for i in range(len(searches))]
-
-
-@dataclass(frozen=True)
 class _Search:
-    """One search behind B prompts: (B, n_nodes) blocked nodes, or None, and the guide's log token rewards, or None."""
+    """One search behind B prompts, a step at a time.
 
-    trie: TitleTrie
-    beams: Beams
-    blocked: Tensor | None
-    guide: Tensor | None
-    generator: torch.Generator
+    Attributes:
+        nodes: (B, W) of the beams; W is 0 when the search is done.
+        leaf, best_score: (B, n) the best titles so far, -1 and -inf where there is none.
+    """
 
-    def run(self, logits: Tensor) -> _Steps:
-        """Yields the beams' nodes, (B, W) and -1 where there is none; is sent the logits there, (B, W, V); returns leaf ids
-        and scores, (B, n) each. logits: (B, 1, V) after the prompts."""
-        trie, normalised, n, device = self.trie, self.beams.length_normalised, len(logits), logits.device
-        nodes = torch.zeros(n, 1, dtype=torch.long, device=device)
-        key, score = torch.zeros(n, 1, device=device), torch.zeros(n, 1, device=device)
-        best = torch.full((n, self.beams.n), -torch.inf, device=device)
-        best_score, best_node = best.clone(), torch.zeros_like(best, dtype=torch.long)
-        for depth in range(1, trie.max_depth + 1):
-            candidates = self._candidates(logits, nodes, key, score)
-            is_leaf = trie.node_leaf[candidates.node] >= 0
-            length = depth if normalised else 1
-            finished = torch.where(is_leaf, candidates.key / length, -torch.inf)
-            best, place = torch.cat([best, finished], 1).topk(self.beams.n)
-            best_score = torch.cat([best_score, candidates.score / length], 1).gather(1, place)
-            best_node = torch.cat([best_node, candidates.node], 1).gather(1, place)
-            running = torch.where(is_leaf, -torch.inf, candidates.key)
-            longest = trie.deepest[candidates.node] if normalised else 1  # no title below ranks above this bound
-            running = torch.where(running / longest > best[:, -1:], running, -torch.inf)
-            key, place = running.topk(min(self.beams.n, running.shape[1]))
-            width = int(torch.isfinite(key).sum(1).max())
-            if not width:
-                break
-            key, place = key[:, :width], place[:, :width]
-            nodes = torch.where(torch.isfinite(key), candidates.node.gather(1, place), -1)
-            score = candidates.score.gather(1, place)
-            logits = yield nodes
-        filled = torch.isfinite(best)
-        return torch.where(filled, trie.node_leaf[best_node], -1), torch.where(filled, best_score, -torch.inf)
+    def __init__(
+        self, trie: TitleTrie, beams: Beams, blocked: Tensor | None, guide: Tensor | None, generator: torch.Generator,
+        logits: Tensor,
+    ):
+        """blocked, guide: (B, n_nodes) nodes left out, and log token rewards. logits: (B, 1, V) after the prompts."""
+        self.trie, self.beams, self.blocked, self.guide, self.generator = trie, beams, blocked, guide, generator
+        self.nodes, self.depth = trie.parent.new_zeros(len(logits), 1), 0
+        self.key = self.score = torch.zeros(len(logits), 1, device=logits.device)  # by key beams are ranked, nats both
+        self.best_key = self.best_score = self.key.new_full((len(logits), beams.n), -torch.inf)
+        self.leaf = torch.full_like(self.best_key, -1, dtype=torch.long)
+        self.step(logits)
 
-    def _candidates(self, logits: Tensor, nodes: Tensor, key: Tensor, score: Tensor) -> _Candidates:
-        """logits (B, W, V); nodes, key and score of the beams (B, W); a node of -1 has no children."""
-        trie, beams, (n, width) = self.trie, self.beams, nodes.shape
-        rows, children = trie.children(nodes.flatten())
+    def step(self, logits: Tensor) -> None:
+        """Goes down by one token. logits: (B, W, V) at the nodes."""
+        trie, n, normalised = self.trie, self.beams.n, self.beams.length_normalised
+        key, score, node = self._candidates(logits)
+        self.depth += 1
+        leaf, length = trie.node_leaf[node], self.depth if normalised else 1
+        ended_key, ended_score = (torch.where(leaf >= 0, x / length, -torch.inf) for x in (key, score))
+        self.best_key, place = torch.cat([self.best_key, ended_key], 1).topk(n)
+        self.best_score = torch.cat([self.best_score, ended_score], 1).gather(1, place)
+        self.leaf = torch.cat([self.leaf, leaf], 1).gather(1, place)
+        longest = trie.deepest[node] if normalised else 1  # no title below ranks above this bound
+        goes_on = (leaf < 0) & (key / longest > self.best_key[:, -1:])
+        self.key, place = torch.where(goes_on, key, -torch.inf).topk(min(n, key.shape[1]))
+        width = int(torch.isfinite(self.key).sum(1).max())
+        self.key, place = self.key[:, :width], place[:, :width]
+        self.nodes = torch.where(torch.isfinite(self.key), node.gather(1, place), -1)
+        self.score = score.gather(1, place)
+
+    def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The children of every prompt's beams side by side: key, score, node, (B, most); unused keys are -inf."""
+        trie, beams, (n, width) = self.trie, self.beams, self.nodes.shape
+        rows, children = trie.children(self.nodes.flatten())
         if self.blocked is not None:
             left = ~self.blocked[rows // width, children]
             rows, children = rows[left], children[left]
@@ -440,21 +371,17 @@ class _Search:
             guide = self.guide[prompt, children]
             guide = guide - segment_logsumexp(guide, rows, n * width)[rows]  # over the children left, as π is
             step = (1 - beams.guide) * step + beams.guide * guide
-        total = score.flatten()[rows] + step
-        ranked = _gumbels(total, key.flatten()[rows], rows, n * width, self.generator) if beams.stochastic else total
+        score = self.score.flatten()[rows] + step
+        key = _gumbels(score, self.key.flatten()[rows], rows, n * width, self.generator) if beams.stochastic else score
         counts = torch.bincount(prompt, minlength=n)
-        place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[prompt]
+        at = prompt, torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[prompt]
         empty = torch.full((n, max(1, int(counts.max()))), -torch.inf, device=logits.device)
-        at = (prompt, place)
-        none = torch.zeros(empty.shape, dtype=torch.long, device=rows.device)
-        return _Candidates(empty.index_put(at, ranked), empty.index_put(at, total), none.index_put(at, children))
+        node = torch.zeros_like(empty, dtype=torch.long).index_put(at, children)
+        return empty.index_put(at, key), empty.index_put(at, score), node
 
 
 def _gumbels(log_p: Tensor, above: Tensor, rows: Tensor, n_rows: int, generator: torch.Generator) -> Tensor:
-    """Gumbel variables located at log_p (n,) whose largest within each row is the parent's, `above` (n,).
-
-    Source: Kool, van Hoof and Welling, *Stochastic Beams and Where to Find Them*, ICML 2019, appendix B.3.
-    """
+    """Gumbel variables at log_p (n,) whose largest in each row is the parent's, `above` (n,): Kool et al., B.3."""
     noise = torch.empty_like(log_p).exponential_(generator=generator)
     g = log_p - noise.log()
     largest = torch.full((n_rows,), -torch.inf, device=g.device).scatter_reduce(0, rows, g, "amax")[rows]
@@ -470,11 +397,9 @@ def _guide(trie: TitleTrie, log_p: Tensor) -> Tensor:
 
 def nodes_of_seen(trie: TitleTrie, seen: Sequence[Sequence[int]]) -> Tensor:
     """(B, n_nodes) bool: nodes under which every title was seen. Equal titles are seen together."""
-    flows = torch.zeros(len(seen), trie.n_items, device=trie.leaf.device)
-    for row, items in enumerate(seen):
-        flows[row, list(items)] = -torch.inf
-    by_leaf = torch.zeros(len(seen), len(trie.leaves), device=flows.device)
-    by_leaf.index_add_(1, trie.item_leaf, flows)
+    by_leaf = torch.zeros(len(seen), len(trie.leaves), device=trie.leaf.device)
+    for row, items in zip(by_leaf, seen):
+        row[trie.item_leaf[list(items)]] = -torch.inf
     return trie.log_flows(by_leaf[:, trie.item_leaf]) == -torch.inf
 
 
@@ -485,8 +410,7 @@ def recommend(run: str | Path, history: Sequence[Any], k: int = 10) -> pd.DataFr
         run: folder of a finished training, such as runs/laptop/flower; a relative path counts from the project's root.
         history: item ids as in its items.parquet, or titles as there or before cleaning, oldest first; may be empty.
 
-    Returns:
-        Columns item_id, title, score (Σ log π in nats).
+    Returns: columns item_id, title, score (Σ log π in nats).
 
     Raises:
         FileNotFoundError: no finished training there. ValueError: an entry of the history is unknown, or k is below 1.
@@ -496,20 +420,20 @@ def recommend(run: str | Path, history: Sequence[Any], k: int = 10) -> pd.DataFr
     folder = trained_folder(run)
     model, _, catalogue = load_trained(folder)
     items = pd.read_parquet(folder / "items.parquet")
-    by_id, by_title = pd.Index(items.item_id), pd.Series(items.index, items.title).groupby(level=0).first()
+    by_id = dict(zip(items.item_id, items.index))
+    by_title = dict(zip(items.title[::-1], items.index[::-1]))  # of several, the first
     places = []
     for entry in [history] if isinstance(history, str) else history:
-        place = by_id.get_indexer([entry])[0]
-        known = [name for name in (entry, move_article(clean_title(str(entry)))) if name in by_title]
-        if place < 0 and not known:
-            near = get_close_matches(str(entry), by_title.index, n=3, cutoff=0.6)
+        names = (by_id, entry), (by_title, entry), (by_title, move_article(clean_title(str(entry))))
+        place = next((known[name] for known, name in names if name in known), None)
+        if place is None:
+            near = get_close_matches(str(entry), by_title, n=3, cutoff=0.6)
             hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(f"{entry!r} is neither an item id nor a title of {folder / 'items.parquet'}{hint}")
-        places.append(int(place) if place >= 0 else int(by_title[known[0]]))
+        places.append(place)
     settings = json.loads((folder / "made.json").read_text(encoding="utf-8"))["provenance"]["settings"]
     beams = Beams(max(k, settings.get("n_beams", 10)))
     [(leaves, scores)] = beam_search(model, catalogue, [places[-settings["max_history"] :]], [beams], seen=[places])
     leaves, scores = leaves[0, :k], scores[0, :k]
-    first = {leaf: item for item, leaf in reversed(list(enumerate(catalogue.trie.item_leaf.tolist())))}
-    listed = [first[leaf] for leaf in leaves if leaf >= 0]
-    return items.iloc[listed].reset_index(drop=True).assign(score=scores[: len(listed)])
+    first = np.unique(catalogue.trie.item_leaf, return_index=True)[1]  # item of each leaf
+    return items.iloc[first[leaves[leaves >= 0]]].reset_index(drop=True).assign(score=scores[leaves >= 0])

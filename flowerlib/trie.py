@@ -6,11 +6,14 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
+
+TOKENS = 2**31  # tokens are below it: a node and a token then fit into 63 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,58 +38,50 @@ class TitleTrie:
     def from_sequences(cls, sequences: Sequence[Sequence[int]] | np.ndarray | Tensor) -> TitleTrie:
         """Builds the tree from token sequences, each ending in its terminator.
 
-        Args:
-            sequences: n_items token lists, or one (n_items, length) integer array padded on the right with -1.
+        They are n_items token lists, or one (n_items, length) integer array padded on the right with -1.
 
-        Raises:
-            ValueError: no items; an empty sequence; a negative or non-integer token; a sequence that continues
-                another one, so that an inner node would be an item (their terminator is missing).
+        Raises ValueError: no items; an empty sequence; a negative or non-integer token; a sequence that continues
+        another one, so that an inner node would be an item (their terminator is missing).
         """
         flat, length = _flat(sequences)
         start = length.cumsum() - length
         order = _lexicographic_order(flat, start, length)
-        # Level by level over the sorted sequences. Of each that goes on: its next token, how many tokens are left, the
-        # node that it has reached, and whether it has parted from the one above it.
-        items, at, left = order, start[order], length[order]
-        node, parted = np.zeros(len(items), np.int32), np.arange(len(items)) == 0
+        # Level by level over the sorted sequences. Of each that goes on: its next token, where it ends, and the node
+        # that it has reached. A new node begins where a sequence parts from the one above it.
+        items, at, end = order, start[order], (start + length)[order]
+        node = np.zeros(len(items), np.int32)
         parents, tokens, n_nodes = [np.int32([-1])], [np.int32([-1])], 1
         leaf = np.empty(len(items), np.int32)
         while len(items):
             token = flat.take(at)
-            parted[1:] |= token[1:] != token[:-1]
+            parted = np.r_[True, (node[1:] != node[:-1]) | (token[1:] != token[:-1])]
             parents.append(node[parted])
             tokens.append(token[parted])
             node = parted.cumsum(dtype=np.int32) + np.int32(n_nodes - 1)
             n_nodes += len(tokens[-1])
-            at, left = at + 1, left - 1
-            ends = left == 0
+            at += 1
+            ends = at == end
             if ends.any():
-                goes_on = np.flatnonzero(ends[:-1] & ~ends[1:] & ~parted[1:])
-                if len(goes_on):
-                    item = items[ends & (node == node[goes_on[0]])].min()
-                    raise ValueError(
-                        f"the sequence of item {item} is the beginning of another one: end each in a terminator"
-                    )
                 leaf[items[ends]] = node[ends]
-                items, at, left, node, parted = (x[~ends] for x in (items, at, left, node, parted))
+                items, at, end, node = (x[~ends] for x in (items, at, end, node))
         parent = np.concatenate(parents, dtype=np.int64)
-        child_start = np.ones(n_nodes + 1, dtype=np.int64)
-        child_start[parent[1:] + 1] = np.arange(2, n_nodes + 1)  # of several children, the last one stays
-        np.maximum.accumulate(child_start, out=child_start)
+        child_start = np.r_[1, np.bincount(parent[1:], minlength=n_nodes)].cumsum()
+        goes_on = child_start[leaf] < child_start[leaf + 1]
+        if goes_on.any():
+            item = goes_on.argmax()
+            raise ValueError(f"the sequence of item {item} is the beginning of another one: end each in a terminator")
         depth = np.repeat(np.arange(len(tokens)), list(map(len, tokens)))
         arrays = (parent, np.concatenate(tokens, dtype=np.int64), depth, leaf.astype(np.int64), child_start)
         return cls(*map(torch.from_numpy, arrays))
 
     n_nodes = property(lambda self: len(self.parent))
     n_items = property(lambda self: len(self.leaf))
-    max_depth = property(lambda self: len(self._level_start) - 2, doc="Tokens of the longest title, ⊤ included.")
+    max_depth = property(lambda self: len(self._levels) - 1, doc="Tokens of the longest title, ⊤ included.")
 
     @cached_property
     def leaves(self) -> Tensor:
         """(n_leaves,) the leaf nodes, by the first item that ends there. Their positions are the leaf ids."""
-        first = torch.full((self.n_nodes,), self.n_items, device=self.leaf.device)
-        first.scatter_reduce_(0, self.leaf, torch.arange(self.n_items, device=self.leaf.device), "amin")
-        return first.argsort(stable=True)[: int((first < self.n_items).sum())]
+        return torch.from_numpy(pd.unique(self.leaf.numpy(force=True))).to(self.leaf.device)
 
     @cached_property
     def item_leaf(self) -> Tensor:
@@ -107,37 +102,28 @@ class TitleTrie:
     def log_flows(self, log_item_rewards: Tensor) -> Tensor:
         """log F(s) = log Σ R(i) over the items i below s, in nats; the root's is log Z.
 
-        Args:
-            log_item_rewards: (..., n_items), one reward vector per leading index; -inf takes an item out.
-
-        Returns:
-            (..., n_nodes), differentiable where finite.
-
-        Raises:
-            ValueError: wrong number of items, NaN or +inf; the message names the item.
+        log_item_rewards (..., n_items), one reward vector per leading index, -inf takes an item out → (..., n_nodes),
+        differentiable where finite. Raises ValueError: wrong number of items, NaN or +inf; the message names the item.
         """
         if log_item_rewards.shape[-1] != self.n_items:
             raise ValueError(f"{log_item_rewards.shape[-1]} rewards for {self.n_items} items")
         bad = torch.isnan(log_item_rewards) | (log_item_rewards == torch.inf)
         if bad.any():
             raise ValueError(f"the log reward of item {int(bad.nonzero()[0, -1])} is NaN or infinite")
-        # A node is a row: what is read and written is then side by side for all reward vectors.
-        rewards = log_item_rewards.flatten(0, -2).T if log_item_rewards.ndim > 1 else log_item_rewards[:, None]
+        rewards = log_item_rewards.reshape(-1, self.n_items)
         if len(self.leaves) < self.n_items:
-            rewards = segment_logsumexp(rewards.T, self.item_leaf, len(self.leaves)).T
-        rewards, start = rewards.contiguous(), self._level_start
-        levels: list[Tensor] = []
-        for depth in range(self.max_depth, -1, -1):
-            nodes = slice(start[depth], start[depth + 1])
-            leaf = self.node_leaf[nodes]
-            level = rewards[leaf[leaf >= 0]]
-            if levels:
-                n_children = self.child_start[start[depth] + 1 : start[depth + 1] + 1] - self.child_start[nodes]
-                inner = _neighbours_logsumexp(levels[-1], n_children[leaf < 0])
-                place = torch.where(leaf < 0, (leaf < 0).cumsum(0), len(inner) + (leaf >= 0).cumsum(0)) - 1
-                level = torch.cat([inner, level])[place] if len(level) else inner
-            levels.append(level)
-        return torch.cat(levels[::-1]).T.view(*log_item_rewards.shape[:-1], self.n_nodes)
+            rewards = segment_logsumexp(rewards, self.item_leaf, len(self.leaves))
+        # A node is a row: what is read and written is then side by side for all reward vectors.
+        flows = rewards.new_empty(self.n_nodes, len(rewards))
+        flows[self.leaves] = rewards.T
+        n_children = self.child_start.diff()
+        for level in reversed(self._levels[1:]):
+            above = self.parent[level]
+            alone = n_children[above] == 1  # as most nodes of a tree of titles are
+            flows[above[alone]] = flows[level][alone]
+            forks, group = above[~alone].unique_consecutive(return_inverse=True)
+            flows[forks] = segment_logsumexp(flows[level][~alone].T, group, len(forks)).T
+        return flows.T.view(*log_item_rewards.shape[:-1], self.n_nodes)
 
     def log_token_rewards(self, log_item_rewards: Tensor) -> Tensor:
         """log r(parent → s) = log F(s) − log F(parent) in nats, 0 at the root. Shapes as in `log_flows`.
@@ -145,8 +131,7 @@ class TitleTrie:
         Along a title they add up to log R(i)/Z (with equal titles: of the leaf), so a policy equal to r draws
         items in proportion to reward.
 
-        Raises:
-            ValueError: as `log_flows`, or a reward is zero; the message names the item.
+        Raises ValueError: as `log_flows`, or a reward is zero; the message names the item.
         """
         flows = self.log_flows(log_item_rewards)
         zero = log_item_rewards.detach() == -torch.inf
@@ -160,50 +145,44 @@ class TitleTrie:
 
         Node a lies on the path to node s, or is s, exactly where enter[a] <= enter[s] < leave[a].
         """
-        size, start = self._sum_below(torch.ones_like(self.parent)), self._level_start
+        size = self._from_below(torch.ones_like(self.parent), "sum")
         enter = torch.zeros_like(size)
-        for depth in range(1, self.max_depth + 1):
-            level = slice(start[depth], start[depth + 1])
+        for level in self._levels[1:]:
             above, before = self.parent[level], size[level].cumsum(0) - size[level]
-            first = self.child_start[above] - start[depth]  # the eldest sibling's place in this level
-            enter[level] = enter[above] + 1 + before - before[first]
+            eldest = self.child_start[above] - level.start
+            enter[level] = enter[above] + 1 + before - before[eldest]
         return enter.int(), (enter + size).int()
 
     def on_path(self, above: Tensor, below: Tensor) -> Tensor:
-        """(…, A) and (…, B) nodes → (…, B, A) bool: whether each node of `above` lies on the path to each of `below`, or is
+        """(…, A) and (…, B) nodes → (…, B, A) bool: whether each of `above` lies on the path to each of `below`, or is
         it; False where either is -1. Of packed nodes, this says which see which."""
         enter, leave = self.depth_first
-        high, low = above.clamp(min=0)[..., None, :], below.clamp(min=0)[..., :, None]
-        inside = (enter[high] <= enter[low]) & (enter[low] < leave[high])
-        return inside & (above >= 0)[..., None, :] & (below >= 0)[..., :, None]
+        above, below = above[..., None, :], below[..., None]
+        inside = (enter[above] <= enter[below]) & (enter[below] < leave[above])
+        return inside & (above >= 0) & (below >= 0)
 
     @property
     def inner(self) -> Tensor:
         """The nodes that have children, without the root, depth first."""
-        nodes = (self.child_start[1:] > self.child_start[:-1]).nonzero()[1:, 0]
+        nodes = self.child_start.diff().nonzero()[1:, 0]
         return nodes[self.depth_first[0][nodes].argsort()]
 
     @cached_property
     def forks(self) -> Tensor:
         """(n_nodes,) bool: whether more than one title lies below a node."""
-        return self._sum_below((self.node_leaf >= 0).long()) > 1
-
-    def _sum_below(self, values: Tensor) -> Tensor:
-        """(n_nodes,) each node's sum of the values at it and below."""
-        sums, start = values.clone(), self._level_start
-        for depth in range(self.max_depth, 0, -1):
-            level = slice(start[depth], start[depth + 1])
-            sums.index_add_(0, self.parent[level], sums[level].clone())
-        return sums
+        return self._from_below((self.node_leaf >= 0).long(), "sum") > 1
 
     @cached_property
     def deepest(self) -> Tensor:
         """(n_nodes,) depth of the deepest node below each, itself included: tokens of the longest title through it."""
-        deepest, start = self.depth.clone(), self._level_start
-        for depth in range(self.max_depth, 0, -1):
-            level = slice(start[depth], start[depth + 1])
-            deepest.scatter_reduce_(0, self.parent[level], deepest[level].clone(), "amax")
-        return deepest
+        return self._from_below(self.depth, "amax")
+
+    def _from_below(self, values: Tensor, reduce: str) -> Tensor:
+        """(n_nodes,) each node's sum or maximum of the values at it and below."""
+        values = values.clone()
+        for level in reversed(self._levels[1:]):
+            values.scatter_reduce_(0, self.parent[level], values[level].clone(), reduce)
+        return values
 
     def log_leaf_probs(self, log_edges: Tensor) -> Tensor:
         """Log-probabilities of the edges into each node, (n_nodes,), → their sums along each title, (n_leaves,)."""
@@ -217,8 +196,8 @@ class TitleTrie:
 
     def advance(self, nodes: Tensor, tokens: Tensor) -> Tensor:
         """(B,) nodes, (B,) tokens → (B,) the children reached; -1 off the trie, and from -1 or a leaf always -1."""
-        known = (nodes >= 0) & (tokens >= 0) & (tokens < self._n_tokens)
-        keys = torch.where(known, nodes * self._n_tokens + tokens, -1)
+        known = (nodes >= 0) & (tokens >= 0) & (tokens < TOKENS)
+        keys = torch.where(known, nodes * TOKENS + tokens, -1)
         found = torch.searchsorted(self._edge_keys, keys).clamp(max=self.n_nodes - 2)
         return torch.where(self._edge_keys.index_select(0, found) == keys, found + 1, -1)
 
@@ -240,27 +219,23 @@ class TitleTrie:
 
     def paths(self, nodes: Tensor) -> Tensor:
         """(B,) nodes → (B, max_depth) the nodes on the way from the root (left out) down to each, then -1."""
-        steps = torch.arange(1, self.max_depth + 1, device=nodes.device)
-        paths = torch.full((len(nodes), self.max_depth), -1, device=nodes.device)
-        for _ in range(self.max_depth):
-            depth = self.depth[nodes]
-            paths = torch.where(steps == depth[:, None], nodes[:, None], paths)
-            nodes = torch.where(depth > 0, self.parent[nodes], nodes)
-        return paths
+        columns: list[Tensor] = []
+        for depth in range(self.max_depth, 0, -1):
+            there = self.depth[nodes] == depth
+            columns.append(torch.where(there, nodes, -1))
+            nodes = torch.where(there, self.parent[nodes], nodes)
+        return torch.stack(columns[::-1], 1)
 
     @cached_property
-    def _level_start(self) -> list[int]:
-        counts = torch.bincount(self.depth)
-        return [0, *counts.cumsum(0).tolist()]
-
-    @cached_property
-    def _n_tokens(self) -> int:
-        return int(self.token.max()) + 1
+    def _levels(self) -> list[slice]:
+        """The nodes at each depth, which stand side by side."""
+        ends = torch.bincount(self.depth).cumsum(0).tolist()
+        return [slice(*level) for level in pairwise([0, *ends])]
 
     @cached_property
     def _edge_keys(self) -> Tensor:
         """(n_nodes - 1,) parent and token in one number per edge: ascending, so that `advance` can search it."""
-        return self.parent[1:] * self._n_tokens + self.token[1:]
+        return self.parent[1:] * TOKENS + self.token[1:]
 
 
 def _flat(sequences: Sequence[Sequence[int]] | np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -285,17 +260,14 @@ def _flat(sequences: Sequence[Sequence[int]] | np.ndarray | Tensor) -> tuple[np.
         except (TypeError, OverflowError):
             raise ValueError("tokens must be integers below 2^31") from None
 
-    def item(bad: np.ndarray) -> int:
-        return int(np.searchsorted(length.cumsum(), bad.argmax(), side="right"))
-
     if len(length) == 0:
         raise ValueError("a trie needs at least one item")
-    if (length == 0).any():
-        raise ValueError(f"the sequence of item {(length == 0).argmax()} is empty")
-    if flat.min() < 0:
-        raise ValueError(f"the sequence of item {item(flat < 0)} holds a negative token")
-    if flat.max() >= 2**31:  # node · token must fit into 63 bits
-        raise ValueError(f"the sequence of item {item(flat >= 2**31)} holds a token of 2^31 or more")
+    if not length.all():
+        raise ValueError(f"the sequence of item {length.argmin()} is empty")
+    for bad, what in ((flat < 0, "negative token"), (flat >= TOKENS, "token of 2^31 or more")):
+        if bad.any():
+            item = np.searchsorted(length.cumsum(), bad.argmax(), side="right")
+            raise ValueError(f"the sequence of item {item} holds a {what}")
     return flat.astype(np.int32), length
 
 
@@ -312,10 +284,7 @@ def _lexicographic_order(flat: np.ndarray, start: np.ndarray, length: np.ndarray
         at, left = start[rows] + done, length[rows] - done
         n_tokens = (64 - int(group[-1]).bit_length()) // bits
         for step in range(n_tokens):
-            if step < left.min():
-                token = flat.take(at + step).astype(np.uint64) + 1
-            else:
-                token = np.where(step < left, flat[np.where(step < left, at + step, 0)].astype(np.uint64) + 1, 0)
+            token = np.where(step < left, flat.take(at + step, mode="clip").astype(np.uint64) + 1, 0)
             key = (key << bits) | token
         by = key.argsort()
         key = key[by]
@@ -330,22 +299,8 @@ def _lexicographic_order(flat: np.ndarray, start: np.ndarray, length: np.ndarray
 
 def segment_logsumexp(values: Tensor, segment: Tensor, n_segments: int) -> Tensor:
     """(..., n) values and (n,) segment ids → (..., n_segments) log Σ exp over each segment."""
-    index = segment.expand(values.shape)
-    shape = (*values.shape[:-1], n_segments)
-    highest = torch.full(shape, -torch.inf, dtype=values.dtype, device=values.device)
-    highest = highest.scatter_reduce(-1, index, values.detach(), "amax")
+    highest = values.new_full((*values.shape[:-1], n_segments), -torch.inf)
+    highest = highest.scatter_reduce(-1, segment.expand(values.shape), values.detach(), "amax")
     shift = torch.where(highest == -torch.inf, 0, highest)
-    sums = torch.zeros(shape, dtype=values.dtype, device=values.device)
-    return sums.index_add(-1, segment, (values - shift[..., segment]).exp()).log() + shift
-
-
-def _neighbours_logsumexp(values: Tensor, counts: Tensor) -> Tensor:
-    """(n, U) rows, of which the first counts[0] belong together, then the next counts[1], … → (len(counts), U) log Σ exp
-    of each group. Where one is alone, as most nodes of a tree of titles are, it stays as it is."""
-    alone = counts == 1
-    found = values[counts.cumsum(0) - counts]
-    if alone.all():
-        return found
-    inside = values[~alone.repeat_interleave(counts)]
-    group = torch.arange(int((~alone).sum()), device=values.device).repeat_interleave(counts[~alone])
-    return found.index_copy(0, (~alone).nonzero()[:, 0], segment_logsumexp(inside.T, group, int(group[-1]) + 1).T)
+    sums = torch.zeros_like(shift).index_add(-1, segment, (values - shift[..., segment]).exp())
+    return sums.log() + shift

@@ -145,13 +145,12 @@ def test_its_origin_is_that_of_the_training(copy, given):
     """`origin` and `finetune` name a training alike, so that lists are found without the model."""
     comparison = compare.Comparison(copy)
     contender = comparison.contender(0, epochs=0.1, **given)
-    comparison.train(contender)
-    folder = comparison._trained(contender, comparison.origin(contender))
+    folder = comparison.train(contender)[2]
     assert store.read_json(folder / "made.json")["made_from"] == json.loads(json.dumps(comparison.origin(contender)))
     for method in ("IFairLRS", "SFT, one target"):
         few = comparison.one_target(method, 500)
-        comparison.train(few)
-        assert comparison._trained(few, comparison.origin(few)).is_dir()
+        folder = comparison.train(few)[2]
+        assert store.read_json(folder / "made.json")["made_from"] == json.loads(json.dumps(comparison.origin(few)))
 
 
 def test_lists_depend_on_their_users_and_on_what_guides_them(copy, monkeypatch):
@@ -197,17 +196,35 @@ def test_one_target_rows_get_equally_many_tokens(comparison):
         assert contender.settings.method == "SFT" and contender.method == method
 
 
-def test_provenance_is_of_the_work_behind_it(copy):
+def test_provenance_is_of_the_work_behind_it(copy, monkeypatch):
+    """A list has two: its training's and its own, so that newer code does not claim the older one's commit."""
     comparison = compare.Comparison(copy)
     assert comparison.sources == []
     sft = comparison.contender(0, theta=1.0)
-    comparison.lists(sft, "test", {"beam": Beams(10), "few": Beams(3)}, 5)
-    comparison.lists(sft, "test", {"beam": Beams(10), "few": Beams(3)}, 5)
-    comparison.mean_share(sft, 4)
-    trained = store.read_json(comparison._trained(sft, comparison.origin(sft)) / "made.json")["provenance"]
-    assert len(comparison.sources) == 5 and all(source["settings"]["theta"] == 1.0 for source in comparison.sources)
-    assert all(source["versions"] == trained["versions"] for source in comparison.sources)
-    assert runs.joint_provenance(comparison.sources)["seconds"] == trained["seconds"]  # one training is counted once
+    trained = store.read_json(comparison.train(sft)[2] / "made.json")["provenance"]
+    monkeypatch.setattr(store, "commit", lambda: "0123456789ab")
+    for _ in range(2):
+        comparison.lists(sft, "test", {"beam": Beams(4), "few": Beams(3)}, 5)
+    comparison.mean_share(sft, 3)
+    assert len(comparison.sources) == 10 and all(source["settings"]["theta"] == 1.0 for source in comparison.sources)
+    assert comparison.sources[::2] == [trained] * 5
+    decoded, *_, exact = own = comparison.sources[1::2]
+    assert own == [decoded] * 4 + [exact] and {source["commit"] for source in own} == {"0123456789ab"}
+    assert all(source["bfloat16"] == trained["bfloat16"] for source in own)
+    joint = runs.joint_provenance(comparison.sources)
+    seconds = trained["seconds"] + decoded["seconds"] + exact["seconds"]  # one piece of work is counted once
+    assert joint["seconds"] == pytest.approx(seconds) and joint["commit"] == [trained["commit"], "0123456789ab"]
+
+
+def test_records_of_before_with_one_provenance_are_read(copy):
+    comparison = compare.Comparison(copy)
+    sft = comparison.contender(0, theta=1.0)
+    lists = comparison.lists(sft, "test", {"beam": Beams(2)}, 3)["beam"]
+    path = max((copy / "lists").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    record = store.read_json(path)
+    store.write_json(path, {key: value for key, value in record.items() if key != "trained"})
+    assert (comparison.lists(sft, "test", {"beam": Beams(2)}, 3)["beam"] == lists).all()
+    assert comparison.sources == [record["trained"], record["provenance"], record["provenance"]]
 
 
 def test_the_results_hold_every_key_with_its_interval(smoke):
@@ -232,7 +249,9 @@ def test_the_results_say_how_long_their_models_were_trained(smoke):
     provenance = runs.read_document(smoke / "results" / "07_which_title_next.json")["provenance"]
     trained = [store.read_json(path)["provenance"]["seconds"] for path in smoke.glob("*/*/made.json")
                if path.parent.parent.name in ("sft", "flower")]
-    assert max(trained) < provenance["seconds"] < sum(trained) + 0.1
+    made = [store.read_json(path)["provenance"] for kind in ("lists", "exact") for path in (smoke / kind).iterdir()]
+    decoded = {source["made_at"] + str(source["matmul_1024_seconds"]): source["seconds"] for source in made}
+    assert max(trained) < provenance["seconds"] < sum(trained) + sum(decoded.values()) + 0.1
     assert provenance["settings"]["profile"] == "smoke" and "sweep" in provenance["settings"]
     exact = runs.read_results(smoke / "results" / "07_exact.json")
     assert {row["method"] for row in exact} == {"SFT", "Flower-KL"}

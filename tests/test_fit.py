@@ -123,12 +123,12 @@ def test_drawn_edges_are_those_of_the_whole_tree(world):
     tree = PackedTree(model.eval(), trie, context)
     leaves = trie.leaves[torch.tensor([2, 2, 7])]
     with torch.no_grad():
-        edges, whole = fit.DrawnEdges.of(tree, leaves), tree.log_probs()
+        (children, into, end), whole = fit.drawn_edges(tree, leaves), tree.log_probs()
     above = {0, *(node for node in trie.paths(trie.parent[leaves]).flatten().tolist() if node > 0)}
-    assert sorted(edges.children.tolist()) == [c for c in range(1, trie.n_nodes) if int(trie.parent[c]) in above]
-    torch.testing.assert_close(edges.log_pf, whole[edges.children], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(edges.into[edges.children], edges.log_pf)
-    assert set(edges.end.nonzero()[:, 0].tolist()) == above  # log π of the terminator is known there alone
+    assert sorted(children.tolist()) == [c for c in range(1, trie.n_nodes) if int(trie.parent[c]) in above]
+    torch.testing.assert_close(into[children], whole[children], atol=1e-5, rtol=1e-5)
+    assert set(into.nonzero()[:, 0].tolist()) == set(children.tolist())
+    assert set(end.nonzero()[:, 0].tolist()) == above  # log π of the terminator is known there alone
 
 
 # Fits
@@ -320,10 +320,11 @@ def test_an_outcomes_probability_and_gradient_need_the_edges_of_drawn_paths_alon
     whole = fit.outcomes(trie, tree.log_probs())
     possible = whole.isfinite().nonzero()[:, 0]
     for outcome in possible:
-        leaves = fit._leaves_through(trie, outcome[None])
+        nodes = trie.leaves[outcome[None]] if outcome < len(trie.leaves) else outcome[None] - len(trie.leaves)
+        leaves = fit.leaf_below(trie, nodes)
         assert trie.node_leaf[leaves] >= 0
         model.zero_grad()
-        log_pi = fit.outcomes(trie, fit.DrawnEdges.of(tree, leaves).into)[outcome]
+        log_pi = fit.outcomes(trie, fit.drawn_edges(tree, leaves)[1])[outcome]
         torch.testing.assert_close(log_pi.detach(), whole[outcome], atol=1e-4, rtol=1e-4)
         log_pi.backward()
         assert all(w.grad is None or w.grad.isfinite().all() for w in model.parameters())
@@ -460,7 +461,7 @@ def test_preference_settings_belong_to_preference_methods(own, tmp_path, monkeyp
     for method in ("sft", "modified_subtb", "dpo"):
         fit.run_case(replace(case, method=method), own, tmp_path)
     first, modified, dpo = (set(made_from) for made_from in asked)
-    assert first == {"prompt", "model", "frozen_layers", "learning_rate", *asdict(case)}
+    assert first == {"prompt", "base", "frozen_layers", "learning_rate", *asdict(case)}
     assert modified - first == {"penalty"}
     assert dpo - first == {"kl_weight", "preference_titles", "preference_learning_rate"}
 

@@ -48,16 +48,17 @@ def imported(source, of, order=ORDER):
 def test_the_core_is_small():
     core = [path for path in FILES if path.parent == PACKAGE and path.name != "__init__.py"]
     assert len(core) <= 9
-    assert lines(*core, PACKAGE / "__init__.py") <= 2430
+    assert lines(*core, PACKAGE / "__init__.py") <= 2400
 
 
 def test_the_whole_is_small():
-    assert lines(*FILES) <= 5750
+    """The goal is 4,400 lines, which is not reached: the house must not grow on the way there."""
+    assert lines(*FILES) <= 5320
 
 
 def test_no_line_is_wide():
     wide = [f"{path.relative_to(ROOT)}, line {n}: {len(line)} characters" for path in FILES
-            for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 139]
+            for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 120]
     assert wide == []
 
 

@@ -54,7 +54,7 @@ def test_the_id_that_begins_a_sequence_is_no_title():
     )).eval()
     rows = [[0, 3, 5], [7]]
     for last_only in (False, True):
-        batch = preference._collate([(row, last_only) for row in rows], N)
+        batch = preference._collate([(row, [-100] * (len(row) - 1) + row[-1:] if last_only else row) for row in rows], N)
         assert batch["input_ids"].tolist() == [[N, 0, 3, 5], [N, 7, N, N]]
         with torch.no_grad():
             out = model(**batch)
@@ -235,3 +235,10 @@ def test_fair_weights_average_to_one_over_the_targets(pairs):
     _, tokenizer = tiny_model([*titles, *prompt_texts("movie", "target")], seed=0)
     weights = preference.fair_weights(Catalogue.build(tokenizer, titles, "movie", "target"), tables, n_groups=3)
     assert weights[rows.target.to_numpy() - 1].mean() == pytest.approx(1) and (weights >= 0).all()
+
+
+def test_a_title_more_is_another_model(trained):
+    folder, model, _, histories, targets = trained
+    few = replace(TINY, preference_epochs=1.0)
+    more, _, made = preference.train_preference(cycles(), histories, targets, N + 1, few, folder)
+    assert more.n_leaves == model.n_leaves + 1 and made != folder

@@ -109,8 +109,12 @@ def test_what_lies_at_the_edge_is_allowed():
 def test_one_training_has_one_of_three_names():
     assert settings("laptop").method == "Flower-KL" and settings("paper").method == "Flower"
     assert settings("laptop", theta=1).method == settings("paper", theta=1).method == "SFT"
-    for flow, name in (("subtb", "Flower"), ("divergence", "Flower-KL")):
-        assert settings("laptop", flow=flow).method == name
+    for reward in ("none", "div", "add"):
+        assert settings("laptop", flow="subtb", reward=reward).method == "Flower"
+    assert settings("laptop", flow="subtb").method == "Flower, reward exact"  # the paper has no such reward
+    assert settings("laptop", reward="none").method == "Flower-KL, reward none"
+    for flow, reward in (("subtb", "exact"), ("divergence", "none")):
+        assert settings("laptop", flow=flow, reward=reward).method in runs.METHODS
 
 
 def test_settings_of_the_step_before_carry_over(tmp_path):

@@ -90,13 +90,15 @@ def test_what_is_kept_is_found(place, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("name", "called"), [("made.json", "Flower-"), ("lists-1.json", "lists-1")])
-def test_work_of_another_commit_is_taken_and_the_commit_said(place, capsys, name, called):
+@pytest.mark.parametrize("name", ["made.json", "lists-1.json"])
+def test_work_of_another_commit_is_taken_and_the_commit_said(place, capsys, name):
     path = place.with_name(name)
+    store._say.cache_clear()
     store.keep(path, ORIGIN, {"commit": "old+changes"})
-    assert store.find(path, ORIGIN)["provenance"]["commit"] == "old+changes"
+    for _ in range(2):  # once is enough
+        assert store.find(path, ORIGIN)["provenance"]["commit"] == "old+changes"
     said = capsys.readouterr().out
-    assert said.startswith(called) and "made by commit old+changes, taken as it is" in said and "--fresh" in said
+    assert said.count("\n") == 1 and said.startswith(place.parent.name) and "made by commit old+changes, taken as it is" in said and "--fresh" in said
 
 
 @pytest.mark.parametrize("other", [

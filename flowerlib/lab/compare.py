@@ -1,12 +1,11 @@
 """The paper's second question, which title next: every method tuned alike and decoded alike, nothing done twice."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,11 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import data, metrics, rewards
-from ..model import Catalogue
+from ..model import Backbone, Catalogue
 from ..train import Rows, training_rows
 from ..tree import Beams, PackedTree, beam_search
 from . import sources, store, training
-from .preference import fair_weights, load_preference
+from .preference import PreferenceModel, fair_weights, load_preference
 from .runs import require
 from .settings import Settings, settings
 
@@ -38,28 +37,41 @@ class Users:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def sample(self, n: int, seed: int) -> Users:
+    def sample(self, n: int, seed: int) -> Self:
         """n of them by the seed (0: all), in their order."""
         rows = np.sort(np.random.default_rng(seed).permutation(len(self))[: n or None])
-        return Users([self.histories[i] for i in rows], [self.seen[i] for i in rows], self.targets[rows], self.log_p[rows])
+        histories, seen = ([lists[i] for i in rows] for lists in (self.histories, self.seen))
+        return Users(histories, seen, self.targets[rows], self.log_p[rows])
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One language model to tune: its name in the results ("SFT", "Flower", "Flower-KL", "IFairLRS", "SFT, one target") and
-    its settings, seed among them."""
+    """One language model to tune: its name in the results ("SFT", "Flower", "Flower-KL", "IFairLRS", "SFT, one target")
+    and its settings, seed among them."""
 
     method: str
     settings: Settings
     n_rows: int = 0  # rows of train.parquet, drawn by the seed (0: all)
 
 
+def inputs(catalogue: Catalogue, tables: data.Tables, own: Settings, preference: PreferenceModel) -> dict[str, Any]:
+    """What `training.finetune` and `training.made_from` take: rewards by the counts of the tables, p_ui and IFairLRS'
+    weights, as far as the settings use them."""
+    log_item_rewards = None
+    if own.theta < 1:
+        counts = torch.from_numpy(data.item_counts(tables, own.counts))
+        log_item_rewards = rewards.count_log_rewards(catalogue.trie, counts, own.alpha)
+    weights = fair_weights(catalogue, tables) if own.reweight else None
+    return {"tables": tables, "settings": own, "log_item_rewards": log_item_rewards, "preference": preference,
+            "leaf_weights": weights}
+
+
 class Comparison:
-    """The data and the preference model of a run's notebook 01, and what is done on them: trainings, lists, distributions.
+    """Data and preference model of a run's notebook 01, and what is done on them: trainings, lists, distributions.
 
     Attributes:
-        settings: of the run. titles: (L,) by leaf. counts: (L,) training interactions. users: Users of "valid" and "test".
-        sources: provenance of all work that was asked for.
+        settings: of the run. titles: (L,) by leaf. counts: (L,) training interactions. users: of "valid" and "test".
+        sources: provenance of all work that was asked for, of trainings and of what was made with their models.
     """
 
     def __init__(self, out: Path, **overrides: Any):
@@ -73,7 +85,7 @@ class Comparison:
         self.preference = load_preference(out)
         self.users = {part: self._users(part) for part in ("valid", "test")}
         self.sources: list[Mapping[str, Any]] = []
-        self._open: tuple[Contender, PreTrainedModel, Catalogue] | None = None
+        self._open: tuple[Contender, PreTrainedModel, Catalogue, Path] | None = None
 
     def _users(self, part: str) -> Users:
         histories, targets = data.row_positions(self.tables, getattr(self.tables, part))
@@ -91,12 +103,10 @@ class Comparison:
         return Contender(method or own.method, own)
 
     def one_target(self, method: str, n_tokens: int) -> Contender:
-        """A contender on one-target rows that sends about n_tokens forward: "IFairLRS", or SFT beside it.
-
-        Where one pass over all rows would send more, it is one pass over a part of them, drawn by the seed.
-        """
-        one_pass = self.contender(self.settings.seed, method, theta=1.0, rows="target", epochs=1.0,
-                                  reweight=method == "IFairLRS")
+        """A contender on one-target rows that sends about n_tokens forward: "IFairLRS", or SFT beside it. Where one
+        pass over all rows would send more, it is one pass over a part of them, drawn by the seed."""
+        own = {"theta": 1.0, "rows": "target", "epochs": 1.0, "reweight": method == "IFairLRS"}
+        one_pass = self.contender(self.settings.seed, method, **own)
         tokens = np.diff(self._rows(one_pass).start)[self._order(one_pass)].cumsum()
         if n_tokens >= tokens[-1]:
             return replace(one_pass, settings=replace(one_pass.settings, epochs=n_tokens / tokens[-1]))
@@ -111,97 +121,94 @@ class Comparison:
 
     def _tables(self, contender: Contender) -> data.Tables:
         """The tables that the contender is trained on."""
-        if not contender.n_rows:
-            return self.tables
-        rows = np.sort(self._order(contender)[: contender.n_rows])
+        rows = np.sort(self._order(contender)[: contender.n_rows or None])
         return replace(self.tables, train=self.tables.train.iloc[rows])
 
+    def _backbone(self, own: Settings) -> Backbone:
+        return sources.open_backbone(own, self.tables.items.title.tolist())
+
     def _rows(self, contender: Contender) -> Rows:
-        backbone = sources.open_backbone(contender.settings, self.tables.items.title.tolist())
-        return training_rows(backbone.catalogue, self._tables(contender), contender.settings)
-
-    def _log_item_rewards(self, contender: Contender, catalogue: Catalogue) -> Tensor | None:
-        own = contender.settings
-        if own.theta == 1:
-            return None
-        return rewards.count_log_rewards(catalogue.trie, torch.from_numpy(self.item_counts), own.alpha)
-
-    def train(self, contender: Contender) -> tuple[PreTrainedModel, Catalogue]:
-        """The contender, tuned: now, or read where that was done before; the last one stays in memory."""
-        if self._open is None or self._open[0] != contender:
-            self._open, own, tables = None, contender.settings, self._tables(contender)
-            backbone = sources.open_backbone(own, self.tables.items.title.tolist())
-            weights = fair_weights(backbone.catalogue, tables) if own.reweight else None
-            print(f"{contender.method}, seed {own.seed}:", flush=True)
-            folder = self.out / ("sft" if own.theta == 1 else "flower")
-            training.finetune(backbone, tables, own, folder, self.out / "cache",
-                           self._log_item_rewards(contender, backbone.catalogue), self.preference, weights)
-            self._open = contender, backbone.model, backbone.catalogue
-        return self._open[1:]
+        catalogue = self._backbone(contender.settings).catalogue
+        return training_rows(catalogue, self._tables(contender), contender.settings)
 
     @cached_property
     def _catalogue(self) -> Catalogue:
-        return sources.open_backbone(self.settings, self.tables.items.title.tolist()).catalogue
+        return self._backbone(self.settings).catalogue
+
+    def _inputs(self, contender: Contender) -> dict[str, Any]:
+        return inputs(self._catalogue, self._tables(contender), contender.settings, self.preference)
 
     def origin(self, contender: Contender) -> dict[str, Any]:
         """What the contender's training depends on, as `training.finetune` knows it by."""
-        own, tables = contender.settings, self._tables(contender)
-        weights = fair_weights(self._catalogue, tables) if own.reweight else None
-        log_item_rewards = self._log_item_rewards(contender, self._catalogue)
-        return training.made_from(own, tables, log_item_rewards, self.preference, weights)
+        return training.made_from(**self._inputs(contender))
+
+    def train(self, contender: Contender) -> tuple[PreTrainedModel, Catalogue, Path]:
+        """The contender, tuned or read where that was done before, and its folder; the last one stays in memory."""
+        if self._open is None or self._open[0] != contender:
+            self._open, own = None, contender.settings
+            print(f"{contender.method}, seed {own.seed}:", flush=True)
+            backbone, given = self._backbone(own), self._inputs(contender)
+            folder = self.out / ("sft" if own.theta == 1 else "flower")
+            made = training.finetune(backbone, folder=folder, cache=self.out / "cache", **given)[1]
+            self._open = contender, backbone.model, backbone.catalogue, made
+        return self._open[1:]
+
+    def _records(
+        self, contender: Contender, kind: str, origins: Mapping[str, Mapping[str, Any]],
+        make: Callable[[PreTrainedModel, Catalogue, list[str]], list[dict[str, Any]]],
+    ) -> dict[str, dict[str, Any]]:
+        """By name, the records of what was made from these origins before, and of the others, made now. The provenance
+        of the making stands in each, and that of the training beside it."""
+        method = contender.settings.method
+        paths = {name: self.out / kind / f"{method}-{store.digest(origin)}.json" for name, origin in origins.items()}
+        records = {name: store.find(path, origins[name]) for name, path in paths.items()}
+        if missing := [name for name, record in records.items() if record is None]:
+            lm, catalogue, folder = self.train(contender)
+            trained, start = store.read_json(folder / "made.json")["provenance"], time.perf_counter()
+            made = make(lm, catalogue, missing)
+            source = store.provenance(asdict(contender.settings), time.perf_counter() - start, trained["bfloat16"])
+            for name, content in zip(missing, made, strict=True):
+                records[name] = store.keep(paths[name], origins[name], source, trained=trained, **content)
+        for record in records.values():
+            self.sources += [record[key] for key in ("trained", "provenance") if key in record]  # older ones have one
+        return records
 
     def lists(
         self, contender: Contender, part: str, searches: Mapping[str, Beams], n_users: int = 0, draw: int = 0
     ) -> dict[str, Lists]:
-        """Recommended lists, (U, n) leaf ids each, of a contender under these searches; those made before are read.
+        """Recommended lists, (U, n) leaf ids each, of a contender under these searches, for n_users of the part, drawn
+        by the run's seed (0: all); those made before are read. draw: a number for each draw of stochastic searches."""
+        users, model = self.users[part].sample(n_users, self.settings.seed), self.origin(contender)
+        common = {"model": model, "users": store.digest(users.histories, users.seen), "draw": draw}
+        guide = store.digest(*self.preference.parameters())
+        batch = self.settings.decode_batch  # of the stochastic searches: their draws depend on it
+        origins = {name: common | {"search": asdict(search), "preference": guide if search.guide else None,
+                                   "decode_batch": batch if search.stochastic else None}
+                   for name, search in searches.items()}
 
-        Args:
-            n_users: users of the part, drawn by the run's seed (0: all).
-            draw: of the stochastic searches; another number, another draw.
-        """
-        users, origin = self.users[part].sample(n_users, self.settings.seed), self.origin(contender)
-        lists, missing = {}, {}
-        for name, search in searches.items():
-            made_from = {"model": origin, "users": store.digest(users.histories, users.seen), "search": asdict(search),
-                         "preference": store.digest(*self.preference.parameters()) if search.guide else None, "draw": draw}
-            path = self.out / "lists" / f"{contender.settings.method}-{store.digest(made_from)}.json"
-            if record := store.find(path, made_from):
-                lists[name] = np.array(record["lists"])
-                self.sources.append(record["provenance"])
-            else:
-                missing[name] = made_from, path
-        if missing:
-            lm, catalogue = self.train(contender)
-            results = beam_search(lm, catalogue, users.histories, [searches[name] for name in missing], users.seen,
-                                  self.settings.decode_batch, contender.method, users.log_p, contender.settings.seed + draw)
-            trained = store.read_json(self._trained(contender, origin) / "made.json")["provenance"]
-            for (name, (made_from, path)), (leaves, _) in zip(missing.items(), results, strict=True):
-                store.keep(path, made_from, trained, lists=leaves.tolist())
-                lists[name] = leaves
-                self.sources.append(trained)
-        return {name: lists[name] for name in searches}
+        def make(lm: PreTrainedModel, catalogue: Catalogue, missing: list[str]) -> list[dict[str, Any]]:
+            left, seed = [searches[name] for name in missing], contender.settings.seed + draw
+            results = beam_search(lm, catalogue, users.histories, left, users.seen, self.settings.decode_batch,
+                                  contender.method, users.log_p, seed)
+            return [{"lists": leaves.tolist()} for leaves, _ in results]
 
-    def _trained(self, contender: Contender, origin: Mapping[str, Any]) -> Path:
-        folder = self.out / ("sft" if contender.settings.theta == 1 else "flower")
-        return folder / f"{contender.settings.method}-{store.digest(origin)}"
+        records = self._records(contender, "lists", origins, make)
+        return {name: np.array(record["lists"]) for name, record in records.items()}
 
     def mean_share(self, contender: Contender, n_users: int) -> NDArray[np.float64]:
         """(L,) exact probability of each title, averaged over test users; seen titles may be drawn again. No sampling:
         the whole tree goes through the model once a user."""
-        users, origin = self.users["test"].sample(n_users, self.settings.seed), self.origin(contender)
-        made_from = {"model": origin, "exact": store.digest(users.histories)}
-        path = self.out / "exact" / f"{contender.settings.method}-{store.digest(made_from)}.json"
-        record = store.find(path, made_from)
-        if record is None:
-            lm, catalogue = self.train(contender)
+        histories = self.users["test"].sample(n_users, self.settings.seed).histories
+
+        def make(lm: PreTrainedModel, catalogue: Catalogue, missing: list[str]) -> list[dict[str, Any]]:
             total = torch.zeros(len(self.titles), dtype=torch.float64)
-            for history in users.histories:
+            for history in histories:
                 tree = PackedTree(lm, catalogue.trie, catalogue.context(history), nodes_at_a_time=2048)
                 total += tree.trie.log_leaf_probs(tree.trie.renormalised(tree.log_probs())).exp().cpu().double()
-            trained = store.read_json(self._trained(contender, origin) / "made.json")["provenance"]
-            record = store.keep(path, made_from, trained, share=(total / len(users)).tolist())
-        self.sources.append(record["provenance"])
-        return np.array(record["share"])
+            return [{"share": (total / len(histories)).tolist()}]
+
+        origin = {"model": self.origin(contender), "exact": store.digest(histories)}
+        return np.array(self._records(contender, "exact", {"": origin}, make)[""]["share"])
 
     def row(
         self, method: str, lists: Lists, part: str, users: Users, n_bootstrap: int = 1000, **labels: Any

@@ -3,8 +3,6 @@
 Every figure here can be drawn without widgets as well, so that a notebook reads without a kernel.
 """
 
-from __future__ import annotations
-
 import html
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -53,14 +51,15 @@ def live(
 
     if button:
         button.on_click(show)
-    else:
-        for control in controls.values():
-            control.observe(show, "value")
-        show()
-    return widgets.VBox([widgets.VBox([*controls.values(), *filter(None, [button])]), picture, below])
+        return widgets.VBox([widgets.VBox([*controls.values(), button]), picture, below])
+    for control in controls.values():
+        control.observe(show, "value")
+    show()
+    return widgets.VBox([widgets.VBox(list(controls.values())), picture, below])
 
 
-def _slider(kind: type, text: str, value: float, low: float, high: float, step: float) -> widgets.Widget:
+def _slider(text: str, value: float, low: float, high: float, step: float) -> widgets.Widget:
+    kind = widgets.IntSlider if isinstance(step, int) else widgets.FloatSlider
     return kind(value=value, min=low, max=high, step=step, description=text, **WIDE)
 
 
@@ -87,10 +86,10 @@ class Branches:
     def way(self, text: str, depth: int) -> list[int]:
         """The nodes from the root to `depth` tokens down the first title that begins with `text`, short of its end.
         Raises ValueError if no title begins so."""
-        item = next((i for i, title in enumerate(self.titles) if title.lower().startswith(text.strip().lower())), None)
-        if item is None:
+        items = [i for i, title in enumerate(self.titles) if title.lower().startswith(text.strip().lower())]
+        if not items:
             raise ValueError(f"no title begins with {text!r}")
-        path = self.trie.paths(self.trie.leaf[item : item + 1])[0]
+        path = self.trie.paths(self.trie.leaf[items[:1]])[0]
         return [0, *path[path >= 0][:-1][:depth].tolist()]
 
 
@@ -123,13 +122,13 @@ def draw_branch(
 
 def tree(branches: Branches, title: str) -> widgets.VBox:
     """The explorer of flows: a title or its beginning, how far down, and the reward's α, β and smoothing."""
+    titles = sorted(set(branches.titles))
     controls = {
-        "title": widgets.Combobox(value=title, options=sorted(set(branches.titles)), description="title",
-                                  continuous_update=False, **WIDE),
-        "depth": _slider(widgets.IntSlider, "tokens down the title", 0, 0, branches.trie.max_depth, 1),
-        "alpha": _slider(widgets.FloatSlider, "α, of the count", -0.5, -2, 2, 0.25),
-        "beta": _slider(widgets.FloatSlider, "β, of the preference", 1, 0, 2, 0.25),
-        "smoothing": _slider(widgets.FloatSlider, "smoothing, added to the count", 1, 0.1, 20, 0.1),
+        "title": widgets.Combobox(value=title, options=titles, description="title", continuous_update=False, **WIDE),
+        "depth": _slider("tokens down the title", 0, 0, branches.trie.max_depth, 1),
+        "alpha": _slider("α, of the count", -0.5, -2, 2, 0.25),
+        "beta": _slider("β, of the preference", 1, 0, 2, 0.25),
+        "smoothing": _slider("smoothing, added to the count", 1, 0.1, 20, 0.1),
     }
     return live(lambda figure, _, **values: draw_branch(figure, branches, **values), controls)
 
@@ -146,9 +145,9 @@ def fit_few(counts: Mapping[str, float], loss: str, paths: str, budget: int, wat
         log.append({**row, "model": share.numpy()})
         watch(pd.DataFrame(log))
 
-    log_rewards = rewards.log_rewards(torch.tensor(list(counts.values())))
-    fit.fit_target(packed, log_rewards, loss, budget, paths, learning_rate=3e-3, evaluations=16, progress=False,
-                   penalty=float(loss == "modified_subtb"), watch=note)
+    log_rewards, penalty = rewards.log_rewards(torch.tensor(list(counts.values()))), float(loss == "modified_subtb")
+    fit.fit_target(packed, log_rewards, loss, budget, paths, learning_rate=3e-3, penalty=penalty, evaluations=16,
+                   progress=False, watch=note)
 
 
 def draw_fitted(figure: Figure, counts: Mapping[str, float], loss: str, log: pd.DataFrame) -> None:
@@ -171,7 +170,7 @@ def training(counts: Mapping[str, float]) -> widgets.VBox:
     controls = {
         "loss": widgets.Dropdown(value="subtb", options=losses, description="loss"),
         "paths": widgets.Dropdown(options=fit.FIT_PATHS, description="titles from"),
-        "budget": _slider(widgets.IntSlider, "tokens through the model", 6_000, 1_000, 30_000, 1_000),
+        "budget": _slider("tokens through the model", 6_000, 1_000, 30_000, 1_000),
     }
     button = widgets.Button(description="run", button_style="primary", icon="play")
 
@@ -229,7 +228,7 @@ def popularity(slots: pd.DataFrame, counts: pd.Series) -> widgets.VBox:
         "methods": widgets.SelectMultiple(value=names[:2], options=names, description="methods",
                                           rows=min(8, len(names))),
         "decoding": widgets.Dropdown(options=decodings, description="decoding"),
-        "k": _slider(widgets.IntSlider, "places of a list", n, 1, n, 1),
+        "k": _slider("places of a list", n, 1, n, 1),
         "own": widgets.FileUpload(accept=".csv,.json,.parquet", multiple=True, description="your lists"),
     }
 

@@ -1,22 +1,20 @@
-"""Fitting a known distribution: one prompt, no history, the whole tree of titles behind it (the paper's first question).
+"""Fitting a known distribution: one prompt, no history, a whole tree of titles behind it (the paper's first question).
 
 | loss | law: zero, or least, where | sees |
 |---|---|---|
 | exact_ce | π = r; least value is the entropy of R/Z | every edge, weighted by its flow |
 | exact_squared | π = r | every edge, weighted by its flow |
-| subtree_ce | π = r; an unbiased estimate of exact_ce, less the entropy, on drawn paths | every child of the nodes on paths |
+| subtree_ce | π = r; an unbiased estimate of exact_ce less the entropy | every child of the nodes on drawn paths |
 | sft | as exact_ce, of which it is an unbiased estimate; paths drawn from the reward alone | the edges of drawn paths |
 | subtb, tb, db | π = r (tb: at least along whole titles) | the edges of drawn paths |
-| modified_subtb | on the tree: a pseudo-leaf of relative reward e^−15 at every prefix that is no title | edges and ⊤ on drawn paths |
+| modified_subtb | on the tree: a pseudo-leaf of reward e^−15 at every prefix that is no title | edges, ⊤ on paths |
 | dpo | none: a preference without doubt drives the ratio on and on | pairs of titles, the more frequent one preferred |
 | rloo | π_ref · exp(r/β), r = log R/Z, FLOOR_LOG_REWARD off the tree | its own titles, and where it leaves the tree |
 """
 
-from __future__ import annotations
-
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,74 +29,63 @@ from .. import losses, metrics
 from ..model import Backbone
 from ..tree import PackedTree, sample_leaves
 from ..trie import TitleTrie, segment_logsumexp
-from . import sources, store
+from . import sources, store, training
 from .settings import FIT_LOSSES, FIT_PATHS, PREFERENCE_LOSSES, Settings
 
-Log = Callable[[Mapping[str, Any]], None]
+PATHS = {  # where methods look: "all" edges, "pairs" of titles, or one of FIT_PATHS; the others as the settings say
+    "exact_ce": ("all",), "exact_squared": ("all",), "subtree_ce": ("reward",), "sft": ("reward",), "dpo": ("pairs",),
+    "rloo": ("policy",),
+}
 
 
 def loss_parts(
-    tree: PackedTree, loss: str, log_item_rewards: Tensor, leaves: Tensor | None, lam: float = 1.0, penalty: float = 0.0
+    tree: PackedTree, loss: str, log_item_rewards: Tensor, leaves: Tensor | None, penalty: float = 0.0
 ) -> Iterator[Tensor]:
-    """One of FIT_LOSSES as summands, in nats (nats²) a title, plus `penalty` times what is lost to tokens that leave the tree.
+    """One of FIT_LOSSES as summands, nats (nats²) a title, plus `penalty` times what is lost to tokens off the tree.
 
-    The exact losses are sums over edges, so that a gradient that is added up part by part is exact in bounded memory.
-
-    Args:
-        leaves: (n,) leaf nodes that were drawn; None for the exact losses. On them the penalty is of the nodes that
-            the drawn titles pass, an unbiased estimate of `losses.off_trie_penalty` where they come from the reward.
+    The exact losses are sums over edges, so that a gradient that is added up part by part is exact in bounded memory;
+    the others are of the (n,) leaf nodes that were drawn. On these the penalty is of the nodes that the drawn titles
+    pass, an unbiased estimate of `losses.off_trie_penalty` where they come from the reward.
     """
     trie = tree.trie
     log_r = trie.log_token_rewards(log_item_rewards).float()
     if leaves is None:
         log_reach = (trie.log_flows(log_item_rewards) - log_item_rewards.logsumexp(0)).float()
-        for children, log_pf in tree.parts():
-            if loss == "exact_ce":
-                value = losses.exact_cross_entropy(log_pf, log_reach[children])
-            else:
-                value = losses.exact_flow_loss(log_pf, log_reach[children], log_r[children])
-            if penalty:
-                value = value + penalty * losses.off_trie_penalty(log_pf, trie.parent[children], log_reach)
-            yield value
-        return
-    path = trie.paths(leaves)
-    mask, path = path >= 0, path.clamp(min=0)
-    before = trie.parent[path].clamp(min=0)
-    edges = DrawnEdges.of(tree, leaves)
-    visits = torch.bincount(before[mask], minlength=trie.n_nodes) / len(leaves)  # an estimate of F / Z
-    if loss == "subtree_ce":
-        paths = losses.Paths(mask, edge_log_pf=edges.log_pf, edge_log_r=log_r[edges.children],
-                             visits=visits[trie.parent[edges.children]])
-        value = losses.flow_loss("divergence", paths)
-    elif loss == "sft":
-        value = losses.sft_loss(edges.into[path], mask) * mask.sum() / len(leaves)  # nats a token → nats a title
+        parts = tree.parts()
     else:
-        end = trie.advance(before.flatten(), trie.token[trie.leaves[0]].expand(before.numel())).view_as(before)
-        log_end_r = torch.where(end >= 0, log_r[end.clamp(min=0)], losses.FLOOR_LOG_REWARD)
-        paths = losses.Paths(mask, edges.into[path], log_r[path], log_end=edges.end[before], log_end_r=log_end_r)
-        value = losses.flow_loss(loss, paths, lam)
-    if penalty:
-        value = value + penalty * losses.off_trie_penalty(edges.log_pf, trie.parent[edges.children], visits.log())
-    yield value
+        path = trie.paths(leaves)
+        mask, path = path >= 0, path.clamp(min=0)
+        before = trie.parent[path].clamp(min=0)
+        visits = torch.bincount(before[mask], minlength=trie.n_nodes) / len(leaves)  # an estimate of F / Z
+        log_reach = visits.log()
+        children, into, terminator = drawn_edges(tree, leaves)
+        parts = [(children, into[children])]
+    for children, log_pf in parts:
+        if loss == "exact_ce":
+            value = losses.exact_cross_entropy(log_pf, log_reach[children])
+        elif loss == "exact_squared":
+            value = losses.exact_flow_loss(log_pf, log_reach[children], log_r[children])
+        elif loss == "subtree_ce":
+            value = losses.divergence_loss(log_pf, log_r[children], 1, visits[trie.parent[children]])
+        elif loss == "sft":
+            value = losses.sft_loss(into[path], mask) * mask.sum() / len(leaves)  # nats a token → nats a title
+        else:
+            end = trie.advance(before.flatten(), trie.token[trie.leaves[0]].expand(before.numel())).view_as(before)
+            log_end_r = torch.where(end >= 0, log_r[end.clamp(min=0)], losses.FLOOR_LOG_REWARD)
+            paths = losses.Paths(mask, into[path], log_r[path], log_end=terminator[before], log_end_r=log_end_r)
+            value = losses.flow_loss(loss, paths)
+        if penalty:
+            value = value + penalty * losses.off_trie_penalty(log_pf, trie.parent[children], log_reach)
+        yield value
 
 
-@dataclass(frozen=True)
-class DrawnEdges:
-    """All edges that leave the nodes of drawn titles, in one pass: children and log π, (n,); by node, (n_nodes,): log π of the
-    edge into it, and of the terminator at it."""
-
-    children: Tensor
-    log_pf: Tensor
-    into: Tensor
-    end: Tensor
-
-    @classmethod
-    def of(cls, tree: PackedTree, leaves: Tensor) -> DrawnEdges:
-        trie, nodes = tree.trie, tree.with_ancestors(tree.trie.parent[leaves])
-        children, log_pf, log_end = tree.edges(nodes, torch.arange(1 + len(nodes), device=nodes.device))
-        into, end = (torch.zeros(trie.n_nodes, device=nodes.device) for _ in range(2))
-        place = torch.cat([nodes.new_zeros(1), nodes])
-        return cls(children, log_pf, into.index_put((children,), log_pf), end.index_put((place,), log_end))
+def drawn_edges(tree: PackedTree, leaves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All edges that leave the nodes of drawn titles, in one pass: the (n,) nodes that they lead to; by node,
+    (n_nodes,), log π of the edge into it, and of the terminator at it, 0 elsewhere."""
+    nodes, unknown = tree.with_ancestors(tree.trie.parent[leaves]), torch.zeros(tree.trie.n_nodes, device=leaves.device)
+    children, log_pf, log_end = tree.edges(nodes, torch.arange(1 + len(nodes), device=nodes.device))
+    place = torch.cat([nodes.new_zeros(1), nodes])
+    return children, unknown.index_put((children,), log_pf), unknown.index_put((place,), log_end)
 
 
 def draw_leaves(trie: TitleTrie, log_edges: Tensor, n: int) -> Tensor:
@@ -108,39 +95,40 @@ def draw_leaves(trie: TitleTrie, log_edges: Tensor, n: int) -> Tensor:
 
 
 def measure(tree: PackedTree, log_item_rewards: Tensor) -> dict[str, float]:
-    """How far the model is from R/Z, exactly.
-
-    Returns:
-        `metrics.divergences` (nats) of drawing titles under the tree's mask; catalogue_mass, the probability that the
-        unmasked model spells a title; kl_tokens, Σ_s F(s)/Z · KL(r‖π) over the whole vocabulary (nats), which is the
-        KL of the titles plus what is lost to tokens that leave the tree.
-    """
+    """How far the model is from R/Z, exactly: `metrics.divergences` (nats) of drawing titles under the tree's mask;
+    catalogue_mass, the probability that the unmasked model spells a title; kl_tokens, Σ_s F(s)/Z · KL(r‖π) over the
+    whole vocabulary (nats), which is the KL of the titles plus what is lost to tokens that leave the tree."""
     tree.model.eval()
     log_pf, trie = tree.log_probs().double(), tree.trie
     log_reach = trie.log_flows(log_item_rewards) - log_item_rewards.logsumexp(0)
     exact = metrics.divergences(log_reach[trie.leaves].cpu(), trie.log_leaf_probs(trie.renormalised(log_pf)).cpu())
-    per_node = metrics.node_divergences(log_reach.cpu(), log_pf.cpu(), trie.parent.cpu())
-    return exact | {"catalogue_mass": float(trie.log_leaf_probs(log_pf).exp().sum()), "kl_tokens": float(per_node.sum())}
+    kl_tokens = metrics.node_divergences(log_reach.cpu(), log_pf.cpu(), trie.parent.cpu()).sum()
+    return exact | {"catalogue_mass": float(trie.log_leaf_probs(log_pf).exp().sum()), "kl_tokens": float(kl_tokens)}
 
 
 def tune(
     tree: PackedTree, log_item_rewards: Tensor, step: Callable[[], Iterator[Tensor]], budget: int, learning_rate: float,
-    evaluations: int, label: str, progress: bool, watch: Log,
+    label: str, evaluations: int = 8, progress: bool = True, watch: Callable[[dict[str, Any]], Any] = lambda row: None,
 ) -> pd.DataFrame:
     """AdamW on the losses that `step` yields, added up, until `budget` tokens have gone through `tree.model`.
 
-    The learning rate rises over the first twentieth of the budget and falls to 0 along a cosine.
-
-    Returns:
-        One row an evaluation, the first before any step: step, forward_tokens, seconds of training, loss, and `measure`.
+    The learning rate rises over the first twentieth of the budget and falls to 0 along a cosine. Returns the log, and
+    calls `watch` with each row as it comes, one an evaluation, the first before any step: step, forward_tokens, seconds
+    of training, loss, and `measure`.
     """
     weights = [w for w in tree.model.parameters() if w.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0, fused=True)
-    log: list[dict[str, Any]] = [{"step": 0, "forward_tokens": 0, "seconds": 0.0} | measure(tree, log_item_rewards)]
-    watch(log[0])
-    first, tokens, spent, n_steps = tree.forward_tokens, 0, 0.0, 0
+    log: list[dict[str, Any]] = []
+    first, tokens, seconds, n_steps, value = tree.forward_tokens, 0, 0.0, 0, math.nan
     bar = tqdm(total=budget, desc=label, unit=" tokens", disable=not progress)
-    while tokens < budget:
+    while True:
+        if tokens >= budget or tokens * evaluations >= budget * len(log):
+            row = {"step": n_steps, "forward_tokens": tokens, "seconds": seconds, "loss": value}
+            log.append(row | measure(tree, log_item_rewards))
+            watch(log[-1])
+        if tokens >= budget:
+            bar.close()
+            return pd.DataFrame(log)
         start = time.perf_counter()
         n_steps, before, value = n_steps + 1, tokens, 0.0
         tree.model.train()
@@ -154,99 +142,76 @@ def tune(
             warm, cosine = 20 * tokens / budget, (1 + math.cos(math.pi * before / budget)) / 2
             group["lr"] = learning_rate * min(warm, cosine)
         optimiser.step()
-        spent += time.perf_counter() - start
+        seconds += time.perf_counter() - start
         bar.update(tokens - before)
-        if tokens >= budget or tokens * evaluations >= budget * len(log):
-            row = {"step": n_steps, "forward_tokens": tokens, "seconds": spent, "loss": value}
-            log.append(row | measure(tree, log_item_rewards))
-            watch(log[-1])
-    bar.close()
-    return pd.DataFrame(log)
 
 
 def fit_target(
     tree: PackedTree, log_item_rewards: Tensor, loss: str, budget: int, paths: str = "reward", n_titles: int = 16,
-    learning_rate: float = 1e-3, penalty: float = 0.0, threshold: float = 0.05, evaluations: int = 8, seed: int = 0,
-    progress: bool = True, watch: Log = lambda row: None,
+    learning_rate: float = 1e-3, penalty: float = 0.0, seed: int = 0, **how: Any,
 ) -> pd.DataFrame:
-    """Tunes `tree.model` until it draws titles in proportion to reward, as well as the loss can.
+    """Tunes `tree.model` until it draws titles in proportion to reward, as well as the loss can. Returns as `tune`.
 
     Args:
-        log_item_rewards: (n_items,) log R in nats.
-        loss: one of FIT_LOSSES.
+        log_item_rewards: (n_items,) log R in nats. loss: one of FIT_LOSSES. n_titles: titles a step.
         budget: tokens to put through `tree.model`; the step that passes it is the last. Draws from the policy count.
         paths: where the sampled losses look: titles drawn from the reward, from the policy itself, or the paper's
             schedule, which starts with titles drawn in proportion to their length and moves to the policy by a tenth
-            each time that the loss falls below `threshold` (the paper: 0.05, and 0.4 for its large catalogue).
-        n_titles: titles a step.
+            each time that the loss falls below 0.05 (the paper's; 0.4 for its large catalogue).
         penalty: weight of what is lost to tokens that leave the tree. The modified SubTB needs it: it compares tokens
             with the terminator alone, so that it vanishes for policies that leave the tree as well.
-        watch: is called with each row of the log as it comes.
-
-    Returns:
-        As `tune`.
+        how: evaluations, progress and watch of `tune`.
 
     Raises:
         ValueError: unknown loss or paths; sft with paths that are not drawn from the reward.
     """
     if loss not in FIT_LOSSES or paths not in FIT_PATHS:
-        raise ValueError(f"loss {loss!r} with paths {paths!r}: choose of {', '.join(FIT_LOSSES)} and {', '.join(FIT_PATHS)}")
+        allowed = f"{', '.join(FIT_LOSSES)} and {', '.join(FIT_PATHS)}"
+        raise ValueError(f"loss {loss!r} with paths {paths!r}: choose of {allowed}")
     if loss == "sft" and paths != "reward":
         raise ValueError(f"sft imitates what is drawn: with paths {paths!r} it would not aim at the reward")
     torch.manual_seed(seed)
-    trie, on_policy = tree.trie, 0.0
-    lengths = trie.depth[trie.leaves].double()
+    trie, on_policy = tree.trie, float(paths == "policy")
 
     def drawn_leaves() -> Tensor:
         if paths == "reward":
             return draw_leaves(trie, trie.log_token_rewards(log_item_rewards), n_titles)
-        n_own = n_titles if paths == "policy" else round(on_policy * n_titles)
+        n_own, lengths = round(on_policy * n_titles), trie.depth[trie.leaves].double()
         off = torch.multinomial(lengths, n_titles - n_own, replacement=True) if n_own < n_titles else []
         own = draw_leaves(trie, tree.log_probs(), n_own) if n_own else trie.leaves[:0]
         return torch.cat([own, trie.leaves[off]])
 
     def step() -> Iterator[Tensor]:
         nonlocal on_policy
-        value = 0.0
-        with torch.no_grad():
-            leaves = None if loss.startswith("exact") else drawn_leaves()
-        for part in loss_parts(tree, loss, log_item_rewards, leaves, penalty=penalty):
+        value, leaves = 0.0, None if loss.startswith("exact") else drawn_leaves()
+        for part in loss_parts(tree, loss, log_item_rewards, leaves, penalty):
             value += part.item()
             yield part
-        if value < threshold:
+        if value < 0.05:
             on_policy = min(1.0, on_policy + 0.1)
 
-    return tune(tree, log_item_rewards, step, budget, learning_rate, evaluations, f"{loss}, {paths}", progress, watch)
+    return tune(tree, log_item_rewards, step, budget, learning_rate, f"{loss}, {paths}", **how)
 
 
 # Preference tuning on the same tree
 
 
 def tilted_optimum(log_reference: Tensor, log_reward: Tensor, beta: float) -> Tensor:
-    """(n_leaves,) log of π_ref · exp(r/β), normalised: what a policy gradient with KL penalty β converges to.
-
-    With r = log R and a uniform reference, β = 1 gives R/Z itself, the target of Flower; a smaller β sharpens it.
-    """
+    """(n_leaves,) log of π_ref · exp(r/β), normalised: what a policy gradient with KL penalty β converges to. With r =
+    log R and a uniform reference, β = 1 gives R/Z itself, the target of Flower; a smaller β sharpens it."""
     return (log_reference + log_reward / beta).log_softmax(-1)
 
 
 def dpo_loss(log_pi: Tensor, log_reference: Tensor, beta: float) -> Tensor:
-    """−mean log σ(β · (ratio of the preferred title − ratio of the other)), ratio = log π − log π_ref: nats.
-
-    Source: Rafailov et al., *Direct Preference Optimization*, NeurIPS 2023, eq. 7.
-
-    Args:
-        log_pi, log_reference: (n, 2) of pairs of titles, the preferred one first.
-    """
+    """−mean log σ(β · (ratio of the preferred title − ratio of the other)), ratio = log π − log π_ref: nats, of (n, 2)
+    pairs of titles, the preferred one first. Source: Rafailov et al., *Direct Preference Optimization*, 2023, eq. 7."""
     ratio = log_pi - log_reference
     return -torch.nn.functional.logsigmoid(beta * (ratio[:, 0] - ratio[:, 1])).mean()
 
 
 def rloo_loss(log_pi: Tensor, log_reference: Tensor, rewards: Tensor, beta: float) -> Tensor:
     """REINFORCE with the other completions' mean as baseline; reward r − β · (log π − log π_ref). All (n,), n ≥ 2.
-
-    Source: Ahmadian et al., *Back to Basics*, ACL 2024.
-    """
+    Source: Ahmadian et al., *Back to Basics*, ACL 2024."""
     paid = rewards - beta * (log_pi.detach() - log_reference)
     advantage = paid - (paid.sum() - paid) / (len(paid) - 1)
     return -(advantage * log_pi).mean()
@@ -254,21 +219,17 @@ def rloo_loss(log_pi: Tensor, log_reference: Tensor, rewards: Tensor, beta: floa
 
 def prefer(
     tree: PackedTree, log_item_rewards: Tensor, method: str, budget: int, beta: float = 0.1, n_titles: int = 16,
-    learning_rate: float = 1e-5, evaluations: int = 8, seed: int = 0, progress: bool = True, watch: Log = lambda row: None,
+    learning_rate: float = 1e-5, seed: int = 0, **how: Any,
 ) -> pd.DataFrame:
-    """Tunes with one of PREFERENCE_LOSSES, by exact log π on the packed tree. The model as it comes is the reference π_ref; one
-    pass over the tree tells all that is needed of it.
+    """Tunes with one of PREFERENCE_LOSSES, by exact log π on the packed tree; returns the log of `tune`. The model as
+    it comes is the reference π_ref; one pass over the tree tells all that is needed of it.
 
     RLOO's completions are unmasked: titles, or a prefix with a token that leaves the tree there. All such tokens of one
     prefix are one outcome, so that the tree's log π tell the probability of each.
 
     Args:
-        budget: tokens through `tree.model`; draws from the policy count.
-        beta: weight of the divergence from the reference.
+        budget, how: as `fit_target` takes them. beta: weight of the divergence from the reference.
         n_titles: titles a step: n_titles / 2 pairs for DPO, n_titles completions for RLOO.
-
-    Returns:
-        As `tune`.
 
     Raises:
         ValueError: unknown method; no two titles differ in reward, so that DPO has no pair.
@@ -282,37 +243,36 @@ def prefer(
     if method == "dpo" and log_shares.unique().numel() < 2:
         raise ValueError("no two titles differ in reward: DPO has no pair to prefer in")
     reference = outcomes(trie, tree.log_probs())
-    paid = torch.cat([log_shares.float(), reference.new_full((len(reference) - len(log_shares),), losses.FLOOR_LOG_REWARD)])
+    paid = torch.cat([log_shares.float(), reference.new_full((trie.n_nodes,), losses.FLOOR_LOG_REWARD)])
+    leaf_or_node = torch.cat([trie.leaves, torch.arange(trie.n_nodes, device=trie.leaves.device)])
 
     def step() -> Iterator[Tensor]:
         if method == "dpo":
-            drawn = _pairs(log_shares, max(1, n_titles // 2)).flatten()
+            drawn = _pairs(log_shares, max(1, n_titles // 2))
         else:
             drawn = torch.multinomial(outcomes(trie, tree.log_probs()).exp(), n_titles, replacement=True)
-        edges = DrawnEdges.of(tree, _leaves_through(trie, drawn))
-        log_pi = outcomes(trie, edges.into)[drawn]
+        _, into, _ = drawn_edges(tree, leaf_below(trie, leaf_or_node[drawn.flatten()]))
+        log_pi = outcomes(trie, into)[drawn]
         if method == "dpo":
-            yield dpo_loss(log_pi.view(-1, 2), reference[drawn].view(-1, 2), beta)
+            yield dpo_loss(log_pi, reference[drawn], beta)
         else:
             yield rloo_loss(log_pi, reference[drawn], paid[drawn], beta)
 
-    return tune(tree, log_item_rewards, step, budget, learning_rate, evaluations, method, progress, watch)
+    return tune(tree, log_item_rewards, step, budget, learning_rate, method, **how)
 
 
 def outcomes(trie: TitleTrie, log_edges: Tensor) -> Tensor:
-    """(n_leaves + n_nodes,) log-probability that an unmasked draw spells each title, and that it leaves the tree at each node
-    (0 at leaves). log_edges: (n_nodes,) over the whole vocabulary; edges that are not known are 0 and tell nothing."""
+    """(n_leaves + n_nodes,) log-probability that an unmasked draw spells each title, and that it leaves the tree at
+    each node (0 at leaves). log_edges: (n_nodes,) over the whole vocabulary, 0 where not known: they tell nothing."""
     inside = segment_logsumexp(log_edges[1:], trie.parent[1:], trie.n_nodes).clamp(max=-1e-7)
-    leaves_tree = torch.log(-torch.expm1(inside))
     path = trie.paths(torch.arange(trie.n_nodes, device=log_edges.device))
     reached = torch.where(path >= 0, log_edges[path], 0).sum(-1)
-    exits = torch.where(trie.node_leaf >= 0, -torch.inf, reached + leaves_tree)
+    exits = torch.where(trie.node_leaf >= 0, -torch.inf, reached + torch.log(-torch.expm1(inside)))
     return torch.cat([reached[trie.leaves], exits])
 
 
-def _leaves_through(trie: TitleTrie, drawn: Tensor) -> Tensor:
-    """A leaf node below each outcome: the title's own, or the first one below the node where the tree was left."""
-    nodes = torch.where(drawn < len(trie.leaves), trie.leaves[drawn.clamp(max=len(trie.leaves) - 1)], drawn - len(trie.leaves))
+def leaf_below(trie: TitleTrie, nodes: Tensor) -> Tensor:
+    """The first leaf node at or below each node."""
     while (inner := trie.node_leaf[nodes] < 0).any():
         nodes = torch.where(inner, trie.child_start[nodes], nodes)
     return nodes
@@ -323,9 +283,7 @@ def _pairs(log_shares: Tensor, n: int) -> Tensor:
     drawn = torch.randint(len(log_shares), (n, 2), device=log_shares.device)
     while (tied := log_shares[drawn[:, 0]] == log_shares[drawn[:, 1]]).any():
         drawn[tied] = torch.randint(len(log_shares), (int(tied.sum()), 2), device=drawn.device)
-    swap = log_shares[drawn[:, 0]] < log_shares[drawn[:, 1]]
-    drawn[swap] = drawn[swap].flip(1)
-    return drawn
+    return drawn.gather(1, log_shares[drawn].argsort(descending=True))
 
 
 # The study of notebook 05, case by case
@@ -374,37 +332,33 @@ def cases(settings: Settings, counts: pd.Series) -> list[Case]:
         return Case(tuple(of.index), log_rewards, method=method, paths=paths, seed=seed, **common | more)
 
     listed = [case(small, method, paths, seed) for method in settings.methods
-              for paths in _paths(method, settings) for seed in (seeds[:1] if method.startswith("exact") else seeds)]
+              for paths in PATHS.get(method, settings.fit_paths)
+              for seed in (seeds[:1] if method.startswith("exact") else seeds)]
     if settings.longer > 1 and "subtb" in settings.methods:
         listed.append(case(small, "subtb", "reward", settings.seed, budget=settings.longer * settings.budget))
     if "exact_ce" in settings.methods:
-        shuffled = {seed: pd.Series(np.random.default_rng(seed).permutation(small), small.index) for seed in seeds}
-        listed += [case(shuffled[seed], "exact_ce", "all", seed, target="permuted", n_draws=0) for seed in seeds]
+        for seed in seeds:
+            shuffled = pd.Series(np.random.default_rng(seed).permutation(small), small.index)
+            listed.append(case(shuffled, "exact_ce", "all", seed, target="permuted", n_draws=0))
     if len(large) > len(small):
-        listed.append(case(large, settings.large_method, _paths(settings.large_method, settings)[0], settings.seed,
-                           budget=settings.large_budget, n_titles=settings.large_titles, n_draws=0))
+        paths = PATHS.get(settings.large_method, settings.fit_paths)[0]
+        listed.append(case(large, settings.large_method, paths, settings.seed, budget=settings.large_budget,
+                           n_titles=settings.large_titles, n_draws=0))
     return listed
-
-
-def _paths(method: str, settings: Settings) -> Sequence[str]:
-    """Where a method looks: "all" edges, "pairs" of titles, or one or more of FIT_PATHS."""
-    fixed = {"exact_ce": "all", "exact_squared": "all", "subtree_ce": "reward", "sft": "reward", "dpo": "pairs",
-             "rloo": "policy"}
-    return [fixed[method]] if method in fixed else settings.fit_paths
 
 
 def run_case(case: Case, settings: Settings, folder: Path) -> dict[str, Any]:
     """Tunes and measures one case, or reads its record under `folder` if the same settings have written it.
 
-    Returns:
-        row: the case and its figures, `measure` and the tokens and seconds of training among them.
-        curve: one record an evaluation. log_edges: (n_nodes,) log π over the whole vocabulary. draws: (n_leaves,)
-        titles drawn by the decoder, or empty. Nodes and leaves are those of the tree that `open_case` gives.
+    Returns row: the case and its figures, `measure` and the tokens and seconds of training among them; curve: one
+    record an evaluation; log_edges: (n_nodes,) log π over the whole vocabulary; draws: (n_leaves,) titles drawn by the
+    decoder, or empty. Nodes and leaves are those of the tree that `open_case` gives.
     """
-    preference = case.method in PREFERENCE_LOSSES
-    used = ["prompt", "model", "frozen_layers", "learning_rate"] + ["penalty"] * (case.method == "modified_subtb")
+    preference, penalised = case.method in PREFERENCE_LOSSES, case.method == "modified_subtb"
+    used = ["prompt", "frozen_layers", "learning_rate"] + ["penalty"] * penalised
     used += ["kl_weight", "preference_titles", "preference_learning_rate"] * preference
     origin = {name: getattr(settings, name) for name in used} | asdict(case)
+    origin["base"] = training.base_digest(sources.model_folder(settings.model))
     name = f"{len(case.titles)}_{case.target}_{case.method}_{case.paths}_{case.budget}_{case.seed}"
     path = folder / f"{name}-{store.digest(origin)}.json"
     if record := store.find(path, origin):
@@ -413,26 +367,22 @@ def run_case(case: Case, settings: Settings, folder: Path) -> dict[str, Any]:
     model, _, catalogue = open_case(case, settings)
     log_rewards = torch.tensor(case.log_rewards, dtype=torch.float64, device=model.device)
     tree = PackedTree(model, catalogue.trie, catalogue.header, settings.frozen_layers)
-    log = fit_target(
-        tree, log_rewards, "sft" if preference else case.method, case.budget // (2 if preference else 1),
-        case.paths if case.paths in FIT_PATHS and not preference else "reward", case.n_titles, settings.learning_rate,
-        settings.penalty if case.method == "modified_subtb" else 0.0, seed=case.seed,
-    ).drop(columns="loss")
+    loss, budget = ("sft", case.budget // 2) if preference else (case.method, case.budget)
+    log = fit_target(tree, log_rewards, loss, budget, "reward" if loss in PATHS else case.paths, case.n_titles,
+                     settings.learning_rate, settings.penalty * penalised, case.seed)
     if preference:
-        before = log.iloc[-1]
-        after = prefer(tree, log_rewards, case.method, case.budget - int(before.forward_tokens), settings.kl_weight,
-                       settings.preference_titles, settings.preference_learning_rate, seed=case.seed)
-        after = after.drop(columns="loss")[1:]
+        before = log.to_dict("records")[-1]
+        after = prefer(tree, log_rewards, case.method, case.budget - before["forward_tokens"], settings.kl_weight,
+                       settings.preference_titles, settings.preference_learning_rate, case.seed)[1:]
         for column in ("step", "forward_tokens", "seconds"):
             after[column] += before[column]
-        log = pd.concat([log, after], ignore_index=True)
+        log = pd.concat([log, after])
     draws = drawn(model.eval(), tree.trie, catalogue.header, case.n_draws, case.seed) if case.n_draws else []
-    row = {"n_titles": len(case.titles), "target": case.target, "method": case.method, "paths": case.paths,
-           "seed": case.seed, "budget": case.budget} | log.iloc[-1].to_dict()
-    row |= {name: int(row[name]) for name in ("step", "forward_tokens")}
+    curve = log.drop(columns="loss").to_dict("records")
+    row = {name: getattr(case, name) for name in ("target", "method", "paths", "seed", "budget")} | curve[-1]
     source = store.provenance(asdict(settings), time.perf_counter() - start)
-    return store.keep(path, origin, source, row=row, curve=log.to_dict("records"), log_edges=tree.log_probs().tolist(),
-                      draws=list(draws))
+    return store.keep(path, origin, source, row={"n_titles": len(case.titles)} | row, curve=curve,
+                      log_edges=tree.log_probs().tolist(), draws=draws)
 
 
 def open_case(case: Case, settings: Settings) -> Backbone:

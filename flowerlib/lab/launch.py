@@ -1,47 +1,34 @@
 """Training without a notebook, for several devices: `accelerate launch -m flowerlib.lab.launch SFT --profile paper`.
 
-Run notebook 01 first, then this for SFT and for Flower. Notebooks 02 and 03 take up the finished training, if they get the
-same profile and parameters.
+Run notebook 01 first, then this for SFT and for Flower. Notebooks 02 and 03 take up the finished training, if they get
+the same profile and parameters.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .. import data, rewards
 from . import runs, sources, training
-from .preference import fair_weights, load_preference
+from .compare import inputs
+from .preference import load_preference
 from .settings import PROFILES, literal, settings
 
 
 def launch(method: str, profile: str, out: str | None, overrides: dict[str, Any]) -> Path:
-    """Trains "SFT" on what notebook 01 has prepared, or "Flower" (Flower-KL, by the settings) with the settings of SFT.
-
-    Returns:
-        The folder of the training.
-
-    Raises:
-        FileNotFoundError: the step before is missing. ValueError: unknown profile or setting.
-    """
-    folder = runs.output_dir(profile, out)
+    """Trains "SFT" on what notebook 01 has prepared, or "Flower" (Flower-KL, by the settings) with the settings of SFT;
+    returns its folder. FileNotFoundError: the step before is missing. ValueError: unknown profile or setting."""
+    folder, step = runs.output_dir(profile, out), method.lower()
     own = settings(profile, after=runs.require(folder, "data" if method == "SFT" else "sft"), **overrides)
-    step = method.lower()
     first = os.environ.get("RANK", "0") == "0"
     if first:
         runs.begin(folder, step)
     tables = sources.read_processed(folder / "data")
     backbone = sources.open_backbone(own, tables.items.title.tolist())
-    weights = fair_weights(backbone.catalogue, tables) if own.reweight else None
-    log_rewards = preference = None
-    if method == "Flower":
-        counts = torch.from_numpy(data.item_counts(tables, own.counts))
-        log_rewards, preference = rewards.count_log_rewards(backbone.catalogue.trie, counts, own.alpha), load_preference(folder)
-    made = training.finetune(backbone, tables, own, folder / step, folder / "cache", log_rewards, preference, weights)[1]
+    used = replace(own, theta=1.0) if method == "SFT" else own
+    given = inputs(backbone.catalogue, tables, used, load_preference(folder))
+    made = training.finetune(backbone, folder=folder / step, cache=folder / "cache", **given)[1]
     if first:
         runs.finish(folder, step, own, made)
     return made

@@ -4,13 +4,12 @@ Every function draws on the Axes it is given, composes the title from the data u
 the Axes. Metrics and groups are by leaf (items with equal titles merged), as in `metrics`.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -59,17 +58,13 @@ def theme() -> None:
 
 def styles(names: Iterable[str]) -> dict[str, tuple[Any, Any, str, str]]:
     """Colour, line style, marker and hatch of each distinct name: fixed ones for FIXED (what follows in brackets or
-    after "'s" does not matter), the others in order.
-
-    Raises:
-        ValueError: more names than distinguishable styles.
-    """
-    names = list(dict.fromkeys(names))
-    fixed = {name: FIXED[known] for name in names if (known := name.split(" (")[0].split("'s ")[0]) in FIXED}
-    others = [name for name in names if name not in fixed]
-    if len(others) > len(STYLES) - len(FIXED):
-        raise ValueError(f"at most {len(STYLES) - len(FIXED)} series besides {', '.join(FIXED)}: {', '.join(others)}")
-    return {name: STYLES[fixed[name] if name in fixed else len(FIXED) + others.index(name)] for name in names}
+    after "'s" does not matter), the others in order. Raises ValueError for more names than distinguishable styles."""
+    places = {name: FIXED.get(name.split(" (")[0].split("'s ")[0]) for name in names}
+    others, free = [name for name, place in places.items() if place is None], range(len(FIXED), len(STYLES))
+    if len(others) > len(free):
+        raise ValueError(f"at most {len(free)} series besides {', '.join(FIXED)}: {', '.join(others)}")
+    places |= dict(zip(others, free))
+    return {name: STYLES[place] for name, place in places.items()}
 
 
 def _dressed(axes: Axes, title: str, x: str = "", y: str = "", rows: Sequence[str] = (), **settings: Any) -> Axes:
@@ -94,10 +89,10 @@ def popularity_curve(axes: Axes, exposure: Series, counts: ArrayLike, mark: int 
     history's gives popular titles more than they had. Marks and title read the curves at n = `mark` (default: an eighth
     of the titles with a count, popularity group 1).
     """
-    counts = np.asarray(counts, dtype=float)
+    series = {name: np.asarray(slots, dtype=float) for name, slots in {"history": counts, **exposure}.items()}
+    counts, read = series["history"], []
     order = np.argsort(-counts, kind="stable")
     mark = min(mark or -(-np.count_nonzero(counts) // 8), len(counts))
-    series, read = {"history": counts} | {name: np.asarray(slots, float) for name, slots in exposure.items()}, []
     for name, (colour, line, marker, _) in styles(series).items():
         share = np.cumsum(series[name][order]) / series[name].sum()
         axes.plot(np.arange(1, len(share) + 1), share, color=colour, linestyle=line, label=name, marker=marker,
@@ -147,25 +142,21 @@ def long_tail(axes: Axes, counts: ArrayLike, title: str = "") -> Axes:
                     ylabel="interactions per title (log scale)")
 
 
-def training_curves(axes: Axes, logs: Any, unit: str = "nats per target", title: str = "") -> Axes:
+def training_curves(axes: Axes, logs: Mapping[str, ArrayLike], unit: str = "nats per target", title: str = "") -> Axes:
     """Training (thin) and validation (marked) loss against steps.
 
-    logs: a DataFrame, or anything that gives columns by name: step, loss, kind ("train" or "validation"), and
-    method if several are drawn. A star marks the lowest validation loss of each method.
+    logs: columns by name: step, loss, kind ("train" or "validation"), and method if several are drawn. A star marks the
+    lowest validation loss of each method.
     """
-    step, loss, kind = (np.asarray(logs[name]) for name in ("step", "loss", "kind"))
-    method = np.asarray(logs["method"]) if "method" in logs else np.full(len(step), "")
-    best = []
-    for name, (colour, line, marker, _) in styles(method.tolist()).items():
+    logs, best = pd.DataFrame({"method": "", **logs}), []
+    for name, (colour, line, marker, _) in styles(logs.method).items():
         looks = {"train": {"linewidth": 1, "alpha": 0.6}, "validation": {"linestyle": line, "marker": marker}}
-        for which, look in looks.items():
-            at = np.flatnonzero((method == name) & (kind == which))
-            if len(at):
-                axes.plot(step[at], loss[at], color=colour, label=f"{name}, {which}".removeprefix(", "), **look)
-        if len(at):
-            i = at[loss[at].argmin()]
-            axes.plot(step[i], loss[i], "*", color=colour, markersize=20, markeredgecolor="white", zorder=5)
-            best.append(f"{name}\xa0{loss[i]:.2f}\xa0(step\xa0{step[i]:,})".strip())
+        for kind, rows in logs[logs.method == name].groupby("kind"):
+            axes.plot(rows.step, rows.loss, color=colour, label=f"{name}, {kind}".removeprefix(", "), **looks[kind])
+            if kind == "validation":
+                step, loss = rows.nsmallest(1, "loss")[["step", "loss"]].to_numpy()[0]
+                axes.plot(step, loss, "*", color=colour, markersize=20, markeredgecolor="white", zorder=5)
+                best.append(f"{name}\xa0{loss:.2f}\xa0(step\xa0{step:,.0f})".strip())
     axes.legend()
     head = f"Lowest validation loss: {', '.join(best)}" if best else "Training loss"
     return _dressed(axes, title or head, xlabel="training step", ylabel=f"loss ({unit})")
@@ -177,12 +168,10 @@ def flow_tree(
 ) -> Axes:
     """A small title tree from left to right: lines as wide as their flow, each with its share.
 
-    parent (N,): node 0 is the root (parent -1), parents stand before their children; labels: each node's token;
-    values (N,): flows F. An edge's share is the token reward r = F(child) / F(parent). model (N,): a model's
-    probability of each edge, written after r; the root's is ignored.
-
-    Raises:
-        ValueError: not such a tree, a flow that is not positive, or more than 40 nodes.
+    parent (N,): node 0 is the root (parent -1), parents stand before their children; labels: each node's token; values
+    (N,): flows F. An edge's share is the token reward r = F(child) / F(parent). model (N,): a model's probability of
+    each edge, written after r; the root's is ignored. Raises ValueError for what is not such a tree, a flow that is not
+    positive, or more than 40 nodes.
     """
     parent, values, n = np.asarray(parent), np.asarray(values, dtype=float), len(values)
     if not (0 < n <= 40 and len(labels) == len(parent) == n and parent[0] == -1
@@ -191,8 +180,8 @@ def flow_tree(
     ways = [(0,)]
     for i in range(1, n):
         ways.append((*ways[parent[i]], i))
-    leaves = sorted(set(range(n)) - set(parent.tolist()), key=ways.__getitem__)
     depth, height = np.array([len(way) - 1 for way in ways]), np.zeros(n)
+    leaves = sorted(set(range(n)) - set(parent.tolist()), key=ways.__getitem__)
     height[leaves] = np.arange(len(leaves))
     for i in sorted(set(parent[1:].tolist()), reverse=True):
         height[i] = height[parent == i].mean()
@@ -228,9 +217,7 @@ def fitted(axes: Axes, log_target: ArrayLike, log_model: ArrayLike, name: str, t
     return _dressed(axes, title or f"{name}: KL\xa0{target @ (log_target - log_model):.1g}", "{x:g}", "{x:g}")
 
 
-def fit_curves(
-    axes: Axes, curves: Mapping[str, Sequence[ArrayLike]], xlabel: str, floor: float | None = None, title: str = ""
-) -> Axes:
+def fit_curves(axes: Axes, curves: Series, xlabel: str, floor: float | None = None, title: str = "") -> Axes:
     """KL(target‖model) against what it cost, one line a method: name → (cost, KL in nats). `floor` is drawn dotted."""
     for name, (colour, line, marker, _) in styles(curves).items():
         axes.plot(*curves[name], color=colour, linestyle=line, marker=marker, label=name)
@@ -246,14 +233,13 @@ def fit_curves(
 
 def fit_summary(axes: Axes, rows: Rows, limit: float, title: str = "") -> Axes:
     """Where each method ended, best first: rows hold label (equal ones are repetitions) and kl_target_model (nats)."""
-    labels, kl = (np.array([row[key] for row in rows]) for key in ("label", "kl_target_model"))
-    median = {label: np.median(kl[labels == label]) for label in labels.tolist()}
-    order = sorted(median, key=median.get)
-    within = sum(value <= limit for value in median.values())
+    ends = pd.DataFrame(rows).groupby("label", sort=False).kl_target_model
+    median = ends.median().sort_values(kind="stable")
+    order, within = median.index.tolist(), (median <= limit).sum()
     for i, label in enumerate(order):
         marker, colour = ("o", STYLES[2][0]) if i < within else ("X", STYLES[3][0])
-        ends = kl[labels == label].clip(LEAST_KL)
-        axes.plot(ends, np.full_like(ends, i), marker, color=colour, markersize=9, alpha=0.8, markeredgecolor="white")
+        kl = ends.get_group(label).clip(LEAST_KL)
+        axes.plot(kl, [i] * len(kl), marker, color=colour, markersize=9, alpha=0.8, markeredgecolor="white")
     axes.axvline(limit, color=STYLES[0][0], linestyle=":", linewidth=1.5)
     xlabel = f"KL(target‖model), nats (log scale; what is below {LEAST_KL:g} stands there)"
     head = f"{within} of {len(order)} ways end within {limit:g} nats (dotted) of the target"

@@ -3,8 +3,6 @@
 Everything is by leaf (`data.item_leaves`): U users, L leaves. No language model is in here.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
@@ -21,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
-from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.utils import ModelOutput
 
 from .. import data, metrics
 from ..model import Catalogue
@@ -47,28 +45,19 @@ class PreferenceModel(GPT2LMHeadModel):
     its own output.
     """
 
-    @property
-    def n_leaves(self) -> int:
-        return self.config.vocab_size - 1
-
-    @property
-    def window(self) -> int:
-        """Titles that it reads at most. Training windows hold one more, the target of the last place."""
-        return self.config.n_positions - 2
+    n_leaves = property(lambda self: self.config.vocab_size - 1)
+    window = property(lambda self: self.config.n_positions - 2, doc="Titles that it reads at most; the target not.")
 
     def log_p(self, leaves: Tensor) -> Tensor:
-        """log p of each leaf after the first 0, 1, …, T titles: (B, T) leaf ids, -1 after a row's end → (B, T + 1, L) nats.
-
-        Raises:
-            ValueError: a row is longer than the window, so that a place would be read that no training has seen.
-        """
+        """log p of each leaf after the first 0, 1, …, T titles: (B, T) leaf ids, -1 after a row's end → (B, T + 1, L)
+        nats. ValueError for rows longer than the window: a place would be read that no training has seen."""
         if leaves.shape[1] > self.window:
             raise ValueError(f"{leaves.shape[1]} titles, and the preference model reads {self.window}: cut the history")
         ids = torch.nn.functional.pad(leaves, (1, 0), value=-1)
         ids = torch.where(ids < 0, self.n_leaves, ids)
         return self(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithCrossAttentions:
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ModelOutput:
         """GPT-2's, but for the logits, (B, T, L): the id that begins a sequence is no title, in training neither."""
         out = super().forward(input_ids=input_ids, **kwargs)
         out.logits = out.logits[..., : self.n_leaves]
@@ -83,9 +72,8 @@ class PreferenceModel(GPT2LMHeadModel):
         parts = []
         for first in range(0, len(histories), batch_size):
             batch = [list(history)[-self.window :] for history in histories[first : first + batch_size]]
-            leaves = right_padded(batch, -1).to(self.device)
-            last = torch.tensor([len(history) for history in batch], device=self.device)
-            parts.append(self.log_p(leaves)[torch.arange(len(batch), device=self.device), last])
+            log_p = self.log_p(right_padded(batch, -1).to(self.device))
+            parts.append(log_p[range(len(batch)), list(map(len, batch))])
         return torch.cat(parts)
 
 
@@ -95,7 +83,8 @@ def right_padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
 
 
 class _Windows(Dataset):
-    """A random window of a user's sequence at each call, as often as the sequence holds windows: every title a target."""
+    """A random window of a user's sequence at each call, as often as the sequence holds windows: ids and labels, which
+    are the same."""
 
     def __init__(self, sequences: Sequence[Sequence[int]], window: int):
         self.sequences, self.window = sequences, window
@@ -104,25 +93,11 @@ class _Windows(Dataset):
     def __len__(self) -> int:
         return len(self.owner)
 
-    def __getitem__(self, i: int) -> tuple[list[int], bool]:
+    def __getitem__(self, i: int) -> tuple[list[int], list[int]]:
         sequence = self.sequences[self.owner[i]]
         start = int(torch.randint(1 - self.window, len(sequence), ()))
         start = max(0, min(start, len(sequence) - self.window))
-        return sequence[start : start + self.window], False
-
-
-class _NextTitles(Dataset):
-    """Histories, each with the title that came next as the only target."""
-
-    def __init__(self, histories: Sequence[Sequence[int]], targets: Sequence[int], window: int):
-        pairs = zip(histories, targets, strict=True)
-        self.rows = [([*map(int, history), int(target)][-window:], True) for history, target in pairs]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> tuple[list[int], bool]:
-        return self.rows[i]
+        return (sequence[start : start + self.window],) * 2
 
 
 def train_preference(
@@ -130,7 +105,6 @@ def train_preference(
     settings: Settings, folder: Path,
 ) -> tuple[PreferenceModel, pd.DataFrame, Path]:
     """Trains p_ui and saves it, by the weights of the lowest validation loss, in a folder p_ui-<digest> under `folder`.
-
     A finished training of the same settings and data is taken as it is.
 
     Args:
@@ -140,26 +114,37 @@ def train_preference(
     Returns:
         The model; the log: step, kind ("train" or "validation") and loss, nats per target; the model's folder.
     """
-    names = ("preference_size", "preference_epochs", "max_history", "seed")
     rows_by_part = [[list(map(int, row)) for row in part] for part in (sequences, histories, [targets])]
-    origin = {name: getattr(settings, name) for name in names} | {"data": store.digest(rows_by_part)}
+    used = ("preference_size", "preference_epochs", "max_history", "seed")
+    origin = {name: getattr(settings, name) for name in used}
+    origin |= {"n_leaves": n_leaves, "data": store.digest(rows_by_part)}
     folder = folder / f"p_ui-{store.digest(origin)}"
     if record := store.find(folder / "made.json", origin):
         return PreferenceModel.from_pretrained(folder).eval(), pd.DataFrame(record["log"]), folder
     start = time.perf_counter()
     set_seed(settings.seed)
     model = PreferenceModel(GPT2Config(
-        vocab_size=n_leaves + 1, n_positions=settings.max_history + 2, n_embd=settings.preference_size, n_layer=2, n_head=2,
-        resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2, bos_token_id=n_leaves, eos_token_id=n_leaves,
+        vocab_size=n_leaves + 1, n_positions=settings.max_history + 2, n_embd=settings.preference_size, n_layer=2,
+        n_head=2, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2, bos_token_id=n_leaves, eos_token_id=n_leaves,
     ))
-    window = settings.max_history + 1
-    rows = _Windows([list(map(int, s)) for s in sequences if len(s)], window)
-    valid = _NextTitles(histories, targets, window)
-    logging.set_verbosity_error()
-    trainer = Trainer(
-        model, _arguments(settings, folder / "checkpoints", len(rows)), train_dataset=rows, eval_dataset=valid,
-        data_collator=lambda batch: _collate(batch, n_leaves), callbacks=[OneBar()],
+    sequences, histories, [targets] = rows_by_part
+    rows = _Windows([sequence for sequence in sequences if sequence], settings.max_history + 1)
+    read = [history[-settings.max_history :] for history in histories]
+    valid = [([*row, target], [IGNORED] * len(row) + [target]) for row, target in zip(read, targets, strict=True)]
+    steps = max(1, round(settings.preference_epochs * len(rows) / BATCH))
+    every = -(-steps // 10)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"), per_device_train_batch_size=BATCH, per_device_eval_batch_size=4 * BATCH,
+        learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=steps // 20, max_steps=steps, seed=settings.seed,
+        eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", logging_steps=every, report_to="none",
+        prediction_loss_only=True, remove_unused_columns=False, disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # transformers would put a batch on each device that it sees
+    logging.set_verbosity_error()
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()],
+                      data_collator=lambda batch: _collate(batch, n_leaves))
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
     log = log_table(trainer.state.log_history)
@@ -171,38 +156,15 @@ def train_preference(
 
 
 def load_preference(out: Path) -> PreferenceModel:
-    """The preference model of a run, which notebook 01 has trained.
-
-    Raises:
-        FileNotFoundError: notebook 01 has not been run to its end.
-    """
+    """The preference model of a run; FileNotFoundError if notebook 01, which trains it, has not been run to its end."""
     made = store.read_json(require(out, "data") / "settings.json")["made"]
     return PreferenceModel.from_pretrained(out / "preference" / made).eval()
 
 
-def _collate(batch: Sequence[tuple[list[int], bool]], n_leaves: int) -> dict[str, Tensor]:
-    leaves = right_padded([[n_leaves, *row] for row, _ in batch], IGNORED)
-    labels = leaves.clone()
-    labels[:, 0] = IGNORED
-    for label, (row, last_only) in zip(labels, batch):
-        if last_only:
-            label[: len(row)] = IGNORED
-    return {"input_ids": leaves.masked_fill(leaves == IGNORED, n_leaves), "labels": labels}
-
-
-def _arguments(settings: Settings, folder: Path, n_rows: int) -> TrainingArguments:
-    steps = max(1, round(settings.preference_epochs * n_rows / BATCH))
-    every = -(-steps // 10)
-    arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=BATCH, per_device_eval_batch_size=4 * BATCH,
-        learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=steps // 20, max_steps=steps, seed=settings.seed,
-        eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1,
-        load_best_model_at_end=True, metric_for_best_model="eval_loss", logging_steps=every, report_to="none",
-        prediction_loss_only=True, remove_unused_columns=False, disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
-    )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # transformers would put a batch on each device that it sees
-    return arguments
+def _collate(batch: Sequence[tuple[list[int], list[int]]], begin: int) -> dict[str, Tensor]:
+    ids, labels = zip(*batch)
+    return {"input_ids": right_padded([[begin, *row] for row in ids], begin),
+            "labels": right_padded([[IGNORED, *row] for row in labels], IGNORED)}
 
 
 # Plain recommenders: scores of a history are the sum of its titles' rows of an (L, L) matrix
@@ -211,20 +173,15 @@ def _arguments(settings: Settings, folder: Path, n_rows: int) -> TrainingArgumen
 def cooccurrence(sequences: Sequence[Sequence[int]], n_leaves: int) -> Floats:
     """(L, L) how many users chose both; on the diagonal, how many chose each."""
     together = np.zeros((n_leaves, n_leaves))
-    for first in range(0, len(sequences), 1024):  # users at a time: so many rows of L numbers are held
-        part = sequences[first : first + 1024]
-        chose = np.zeros((len(part), n_leaves))
-        for row, sequence in zip(chose, part):
-            row[np.asarray(sequence, dtype=int)] = 1
-        together += chose.T @ chose
+    for sequence in sequences:
+        own = np.unique(np.asarray(sequence, dtype=int))
+        together[own[:, None], own] += 1
     return together
 
 
 def item_knn(together: Floats, n_neighbours: int) -> Floats:
     """(L, L) cosine of the titles' users, in each column (a title to recommend) the nearest ones alone; diagonal 0.
-
-    Source: Sarwar et al., *Item-based collaborative filtering recommendation algorithms*, WWW 2001.
-    """
+    Source: Sarwar et al., *Item-based collaborative filtering recommendation algorithms*, WWW 2001."""
     norm = np.sqrt(np.maximum(together.diagonal(), 1))
     cosine = together / norm / norm[:, None]
     np.fill_diagonal(cosine, 0)
@@ -235,9 +192,7 @@ def item_knn(together: Floats, n_neighbours: int) -> Floats:
 
 def ease(together: Floats, strength: float) -> Floats:
     """(L, L) the linear autoencoder without a diagonal that reconstructs the users' choices, L2 penalty `strength`.
-
-    Source: Steck, *Embarrassingly Shallow Autoencoders for Sparse Data*, WWW 2019, eq. 8.
-    """
+    Source: Steck, *Embarrassingly Shallow Autoencoders for Sparse Data*, WWW 2019, eq. 8."""
     inverse = np.linalg.inv(together + strength * np.eye(len(together)))
     weights = inverse / -inverse.diagonal()
     np.fill_diagonal(weights, 0)
@@ -259,8 +214,8 @@ def top_titles(scores: Floats | Tensor, seen: Sequence[Sequence[int]], k: int) -
 
 
 def fair_weights(catalogue: Catalogue, tables: data.Tables, n_groups: int = 8) -> Tensor:
-    """(n_leaves,) IFairLRS' weight of each target: its popularity group's share in the training rows' histories over its
-    share in their targets. Where every interaction is a target it is close to 1: it needs one-target rows.
+    """(n_leaves,) IFairLRS' weight of each target: its popularity group's share in the training rows' histories over
+    its share in their targets. Where every interaction is a target it is close to 1: it needs one-target rows.
 
     Source: Jiang et al., WWW 2024. Deviation: the official code multiplies a loss that is averaged already, so that
     the weights cancel out of the comparison between targets.

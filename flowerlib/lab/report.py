@@ -1,7 +1,5 @@
 """A run as one page that needs no network: `python -m flowerlib.lab.report --out runs/laptop`."""
 
-from __future__ import annotations
-
 import argparse
 import base64
 import re
@@ -130,8 +128,8 @@ def headline(folder: Path) -> str:
 def _results(folder: Path, notebooks: Mapping[str, Any]) -> str:
     """Notebook 04's headline and table if it ran; then each notebook's task, table, figures and what these say."""
     results, parts = folder / "results", ["# Flower: results"]
-    if (results / "04_bias_and_diversity.json").exists():
-        parts += [headline(folder), lists_table(runs.read_results(results / "04_bias_and_diversity.json"))]
+    if (path := results / "04_bias_and_diversity.json").exists():
+        parts += [headline(folder), lists_table(runs.read_results(path))]
     for name, notebook in notebooks.items():
         # papermill puts a cell of its own before the first one of a notebook that stopped with an error
         texts = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")

@@ -1,10 +1,6 @@
 """Runs the numbered notebooks in order with papermill: `python -m flowerlib.lab.reproduce --profile laptop`."""
 
-from __future__ import annotations
-
 import argparse
-import ast
-import json
 import logging
 import os
 import sys
@@ -12,6 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import nbformat
+import papermill
+from nbclient.exceptions import DeadKernelError
 
 from . import runs, store
 from .settings import PROFILES, Settings, literal, settings
@@ -21,19 +21,15 @@ try:
 except ImportError:  # Windows
     resource = None
 
-NOTEBOOKS = (
-    "01_prepare_the_data.ipynb", "02_train_sft.ipynb", "03_train_flower.ipynb", "04_bias_and_diversity.ipynb",
-)
+NOTEBOOKS = (*runs.STEPS.values(), "04_bias_and_diversity.ipynb")
 BY_HAND = "00_follow_the_flow.ipynb"
 FIT, CURVES = "05_fit_a_known_distribution.ipynb", "06_popularity_curves.ipynb"  # stand by themselves
 COMPARISON = "07_which_title_next.ipynb"  # needs 01 alone
 SPEED = "08_how_fast.ipynb"  # draws what `make bench` has measured
 EXPLORERS = "09_explore.ipynb"  # looks at what 01 to 04 have left
 STUDIES = (FIT, CURVES, COMPARISON, SPEED, EXPLORERS)  # `make study`: 05 and 07 take long
-READS = {  # notebooks whose results a notebook reads
-    NOTEBOOKS[1]: NOTEBOOKS[:1], NOTEBOOKS[2]: NOTEBOOKS[:2], NOTEBOOKS[3]: NOTEBOOKS[:3], COMPARISON: NOTEBOOKS[:1],
-    EXPLORERS: (*NOTEBOOKS, COMPARISON),
-}
+READS = {name: NOTEBOOKS[:i] for i, name in enumerate(NOTEBOOKS)}  # notebooks whose results a notebook reads
+READS |= {COMPARISON: NOTEBOOKS[:1], EXPLORERS: (*NOTEBOOKS, COMPARISON)}
 FOLDER = store.ROOT / "notebooks"
 BENCH = store.ROOT / "runs" / "bench.json"  # what `make bench` writes and notebook 08 reads
 
@@ -44,27 +40,21 @@ class NotebookError(RuntimeError):
 
 def parameters(notebook: Path) -> list[str]:
     """Names in the notebook's cell tagged `parameters`."""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
-    return [node.target.id for node in ast.parse(source).body if isinstance(node, ast.AnnAssign)]
+    return list(papermill.inspect_notebook(notebook))
 
 
-def reproduce(
-    profile: str, out: str | None, overrides: Mapping[str, Any], only: Sequence[str] = NOTEBOOKS, fresh: bool = False
-) -> Path:
+def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only: Sequence[str] = NOTEBOOKS,
+              fresh: bool = False) -> Path:
     """Runs the notebooks whose parameters, code or inputs have changed since their last complete run.
 
     Executed notebooks, results and figures lie in the folder that is returned. Each override goes to every notebook
-    that has a parameter of its name; the notebooks after it read it from the run's folder.
-
-    Args:
-        fresh: run these notebooks anew, and make anew all work that they find from before.
+    that has a parameter of its name; the notebooks after it read it from the run's folder. fresh: make anew all work
+    that these notebooks find from before.
 
     Raises:
         ValueError: unknown profile, a parameter that no notebook has, or a value out of its range.
         NotebookError: a notebook stopped with an error.
     """
-    settings(profile)
     names = {name: parameters(FOLDER / name) for name in only}
     for key in overrides:
         if key in ("PROFILE", "OUT") or not any(key in known for known in names.values()):
@@ -73,16 +63,31 @@ def reproduce(
     for fit in {name == FIT for name in only}:
         known = {key for name in only for key in names[name] if (name == FIT) == fit and hasattr(Settings, key)}
         settings(profile, fit=fit, **{key: value for key, value in overrides.items() if key in known})
-    if fresh:
-        os.environ[store.FRESH] = str(time.time())
     folder = runs.output_dir(profile, out)
+    moment = folder / "fresh.json"  # of --fresh, until a run comes to its end: a killed one resumes where it was
+    if fresh and not moment.exists():
+        store.write_json(moment, time.time())
+    if moment.exists():
+        os.environ[store.FRESH] = str(store.read_json(moment))
+    try:
+        _run_all(profile, folder, overrides, names)
+    finally:
+        if moment.exists():
+            del os.environ[store.FRESH]
+    moment.unlink(missing_ok=True)
+    return folder
+
+
+def _run_all(profile: str, folder: Path, overrides: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> None:
     library = store.digest(*(path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py"))))
-    for name in only:
+    for name in names:
         given = {"PROFILE": profile, "OUT": str(folder)} | {k: v for k, v in overrides.items() if k in names[name]}
-        brought = [value for key, value in given.items() if key.endswith("_path") or key == "model"]
-        inputs = [_outputs(folder, other) for other in READS.get(name, ())] + [_state(str(BENCH))] * (name == SPEED)
-        origin = {"given": given, "library": library, "cells": _cells(FOLDER / name), "inputs": inputs,
-                  "files": [_state(path) for path in brought if path]}
+        own = settings(profile, fit=name == FIT, **{k: v for k, v in given.items() if hasattr(Settings, k)})
+        brought = [own.data_path, own.counts_path, own.model, *(v for k, v in given.items() if k.endswith("_path"))]
+        code = [cell.source for cell in nbformat.read(FOLDER / name, 4).cells if cell.cell_type == "code"]
+        origin = {"given": given, "library": library, "cells": code,
+                  "inputs": [_outputs(folder, other) for other in READS.get(name, ())],
+                  "files": [_state(path) for path in brought + [BENCH] * (name == SPEED) if path]}
         record = folder / "notebooks" / f"{Path(name).stem}.json"
         if (done := store.find(record, origin)) and done["outputs"] == _outputs(folder, name):
             print(f"{name}: unchanged since its last complete run, skipped", flush=True)
@@ -91,10 +96,9 @@ def reproduce(
         seconds = _run(name, given, folder)
         source = {"commit": store.commit(), "seconds": round(seconds, 1)}
         store.keep(record, origin, source, outputs=_outputs(folder, name))
-    return folder
 
 
-def _state(path: str) -> list[Any]:
+def _state(path: str | Path) -> list[Any]:
     """What tells whether a file, or the files in a folder, have changed: names, sizes and times; nothing for others."""
     place = store.ROOT / Path(path).expanduser()
     files = [place] if place.is_file() else sorted(place.glob("*"))
@@ -108,16 +112,8 @@ def _outputs(folder: Path, name: str) -> str:
     return store.digest(*(path.read_bytes() if path.exists() else b"" for path in paths))
 
 
-def _cells(notebook: Path) -> str:
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return store.digest([c["source"] for c in cells if c["cell_type"] == "code"])
-
-
 def _run(name: str, given: Mapping[str, Any], folder: Path) -> float:
     """Executes a notebook into the run's folder → its seconds, which timings.json gets as well."""
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-
     logging.getLogger("papermill").addHandler(logging.NullHandler())  # the streams below show it already
     executed = folder / "notebooks" / name
     executed.parent.mkdir(parents=True, exist_ok=True)
@@ -132,13 +128,11 @@ def _run(name: str, given: Mapping[str, Any], folder: Path) -> float:
     except DeadKernelError:
         raise NotebookError(f"{name} died without a word, as it does when memory or the disk is full") from None
     seconds = time.perf_counter() - start
-    path = folder / "timings.json"
-    timings = store.read_json(path) if path.exists() else {}
-    timings[name] = {"seconds": round(seconds, 1), "matmul_1024_seconds": store.matmul_seconds()}
+    path, entry = folder / "timings.json", {"seconds": round(seconds, 1), "matmul_1024_seconds": store.matmul_seconds()}
     if resource:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**(2 if sys.platform == "darwin" else 1)
-        timings[name]["peak_mb_so_far"] = round(peak)
-    store.write_json(path, timings)
+        entry["peak_mb_so_far"] = round(peak)
+    store.write_json(path, (store.read_json(path) if path.exists() else {}) | {name: entry})
     print(f"{name}: {seconds:.0f} s", flush=True)
     return seconds
 
@@ -155,7 +149,7 @@ def main() -> None:
                         help=f"one notebook alone, as often as needed: {', '.join(stems)}")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    names = tuple(f"{name}.ipynb" for name in args.only) if args.only else NOTEBOOKS
+    names = [f"{name}.ipynb" for name in args.only or ()] or NOTEBOOKS
     try:
         folder = reproduce(args.profile, args.out, dict(args.parameter), names, args.fresh)
     except (ValueError, NotebookError) as error:

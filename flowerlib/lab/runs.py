@@ -1,6 +1,4 @@
-"""A run's folder: which steps are done, results with their provenance, figures. What every notebook starts and ends with."""
-
-from __future__ import annotations
+"""A run's folder, what every notebook starts and ends with: finished steps, results with their provenance, figures."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,10 +9,8 @@ from typing import Any
 from . import store
 from .settings import FIT_LOSSES, PREFERENCE_LOSSES, Settings, settings
 
-METHODS = (
-    "Popularity", "ItemKNN", "EASE", "Preference", "SFT", "Temperature", "D3", "IFairLRS", "SFT, one target", "Flower",
-    "Flower-KL",
-)
+METHODS = ("Popularity", "ItemKNN", "EASE", "Preference", "SFT", "Temperature", "D3", "IFairLRS", "SFT, one target",
+           "Flower", "Flower-KL", "Flower, reward exact", "Flower-KL, reward none")
 DECODINGS = ("top", "beam", "beam_normalised", "stochastic")  # top: the highest scores of the whole catalogue
 SEEN = ("excluded", "allowed")
 METHOD_NAMES = {
@@ -22,17 +18,13 @@ METHOD_NAMES = {
     "sft": "SFT", "subtb": "Flower's SubTB", "tb": "TB", "db": "DB", "modified_subtb": "modified SubTB",
     "divergence": "Flower-KL's divergence", "dpo": "DPO", "rloo": "RLOO",
 }
-STEPS = {  # folder that holds a step's settings.json → the notebook that writes it
-    "data": "01_prepare_the_data.ipynb", "sft": "02_train_sft.ipynb", "flower": "03_train_flower.ipynb",
-}
+# folder that holds a step's settings.json → the notebook that writes it
+STEPS = {"data": "01_prepare_the_data.ipynb", "sft": "02_train_sft.ipynb", "flower": "03_train_flower.ipynb"}
 
 
 def output_dir(profile: str, out: str | None) -> Path:
     """The folder of a run: `out`, or runs/<profile>; a relative path counts from the project's root.
-
-    Raises:
-        ValueError: unknown profile.
-    """
+    Raises ValueError for an unknown profile."""
     settings(profile)
     path = store.ROOT / (out or f"runs/{profile}")
     path.mkdir(parents=True, exist_ok=True)
@@ -41,15 +33,10 @@ def output_dir(profile: str, out: str | None) -> Path:
 
 def require(out: Path, step: str) -> Path:
     """The folder of a finished step ("data", "sft" or "flower") of a run.
-
-    Raises:
-        FileNotFoundError: the step is not finished; the message names the notebook to run.
-    """
+    Raises FileNotFoundError, which names the notebook to run, if the step is not finished."""
     if not (out / step / "settings.json").exists():
-        raise FileNotFoundError(
-            f"{out / step} is missing, or an earlier notebook ran after it: run notebooks/{STEPS[step]} with this PROFILE "
-            "and OUT first (a finished training is not done again)"
-        )
+        raise FileNotFoundError(f"{out / step} is missing, or an earlier notebook ran after it: run notebooks/"
+                                f"{STEPS[step]} with this PROFILE and OUT first (no finished training is done again)")
     return out / step
 
 
@@ -63,8 +50,7 @@ def begin(out: Path, step: str) -> Path:
 
 def finish(out: Path, step: str, used: Settings, made: Path | None = None) -> None:
     """Marks a step as done: the last thing that its notebook does. made: folder inside the step's, of its training."""
-    write = {"settings": asdict(used), "made": made.name if made else None}
-    store.write_json(out / step / "settings.json", write)
+    store.write_json(out / step / "settings.json", {"settings": asdict(used), "made": made.name if made else None})
 
 
 def write_results(
@@ -72,12 +58,8 @@ def write_results(
 ) -> None:
     """Writes `{"provenance": …, "rows": rows}` atomically, floats rounded to 6 significant digits.
 
-    Args:
-        sources: provenance of the work behind the rows, written when that was done. Of several, each entry that differs is
-            a list of its different values, and `seconds` is the sum.
-
-    Raises:
-        ValueError: a row's method, decoding or seen is unknown; a value is not finite.
+    sources: provenance of the work behind the rows, written when that was done, or several (see `joint_provenance`).
+    Raises ValueError if a row's method, decoding or seen is unknown, or a value is not finite.
     """
     allowed = {"method": METHODS + FIT_LOSSES + PREFERENCE_LOSSES, "decoding": DECODINGS, "seen": SEEN}
     rounded = []
@@ -94,31 +76,23 @@ def write_results(
 
 
 def joint_provenance(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several pieces of work as one: the last one's settings, all seconds added (of equal ones, which are one piece of work,
-    once), lists where the rest differs."""
+    """Several pieces of work as one, equal ones once: the last's settings, all seconds, lists where they differ."""
     sources = [source for i, source in enumerate(sources) if source not in sources[:i]]
-    sources = [source for i, source in enumerate(sources) if source not in sources[:i]]  # each piece of work once
     joint = dict(sources[-1])
     for key in {key for source in sources for key in source} - {"settings", "seconds", "matmul_1024_seconds"}:
-        values = []
-        for source in sources:
-            if source.get(key) not in values:
-                values.append(source.get(key))
+        values = [source.get(key) for source in sources]
+        values = [value for i, value in enumerate(values) if value not in values[:i]]
         joint[key] = values[0] if len(values) == 1 else values
     return joint | {"seconds": round(sum(source["seconds"] for source in sources), 1)}
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a results file."""
+    """The rows of a results file; errors as in `read_document`."""
     return read_document(path)["rows"]
 
 
 def read_document(path: str | Path) -> dict[str, Any]:
-    """A results file as `write_results` writes it: rows and provenance.
-
-    Raises:
-        ValueError: it is damaged; the message names it.
-    """
+    """What `write_results` wrote: rows and provenance. Raises ValueError, naming the file, if it is damaged."""
     document = store.read_json(path)
     if not {"rows", "provenance"} <= set(document):
         raise ValueError(f"{path} is damaged: remove it and run its notebook again")

@@ -1,9 +1,6 @@
 """The settings of every notebook: one class, one table of profiles, one way to override."""
 
-from __future__ import annotations
-
 import ast
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf
 from pathlib import Path
@@ -20,7 +17,7 @@ FIT_PATHS = ("reward", "policy", "schedule")  # where the sampled losses of note
 
 @dataclass(frozen=True)
 class Settings(TrainSettings):
-    """Every setting of every notebook; a notebook parameter of the same name replaces it. `PROFILES` gives the values."""
+    """Every setting of every notebook. `PROFILES` gives values; a notebook's parameter of that name replaces one."""
 
     profile: str = "laptop"
     # data (notebook 01)
@@ -60,7 +57,7 @@ class Settings(TrainSettings):
     preference_learning_rate: float = setting(1e-4, low=1e-12)
     n_draws: int = 2000  # titles drawn from the models of the first seed on the small catalogue (0: none)
     # comparison (notebook 07)
-    sweep: tuple[tuple[float, float], ...] = ((0, 0.5), (-0.5, 0.5), (-0.5, 0.1), (-1, 0.5))  # alpha, theta of Flower-KL
+    sweep: tuple[tuple[float, float], ...] = ((0, 0.5), (-0.5, 0.5), (-0.5, 0.1), (-1, 0.5))  # Flower-KL's alpha, theta
     flower_rewards: tuple[str, ...] = ("none", "div", "add")  # Flower's, each with alpha and theta of the paper
     guides: tuple[float, ...] = (0.3, 0.5, 0.7)  # weights of D3's preference, tried on validation users
     temperature: float = setting(1.5, low=1e-9)  # of the baseline "Temperature" (the paper's)
@@ -70,15 +67,21 @@ class Settings(TrainSettings):
     exact_users: int = 24  # test users whose distribution over the whole catalogue is computed (0: none)
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a value is out of its range."""
+        """Raises ValueError where a value has the wrong type or is out of its range. Lists become tuples."""
         for f in fields(self):
-            if isinstance(f.default, tuple):  # a list in JSON and in notebooks
-                value = tuple(tuple(v) if isinstance(v, list) else v for v in getattr(self, f.name))
-                object.__setattr__(self, f.name, value)
+            value, kind = getattr(self, f.name), type(f.default)
+            if kind is tuple and isinstance(value, (list, tuple)):  # lists in JSON and notebooks
+                value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+            elif kind is float and type(value) is int:
+                value = float(value)
+            if type(value) is not kind:
+                raise ValueError(f"setting {f.name} takes a {kind.__name__.replace('tuple', 'list')}, not {value!r}")
+            object.__setattr__(self, f.name, value)
         super().__post_init__()
         if abs(self.alpha) == inf or abs(self.target_alpha) == inf:
             raise ValueError(f"alpha is {self.alpha} and target_alpha {self.target_alpha}: both must be finite")
-        allowed = {"methods": FIT_LOSSES + PREFERENCE_LOSSES, "fit_paths": FIT_PATHS, "flower_rewards": ("none", "div", "add")}
+        paper = ("none", "div", "add")
+        allowed = {"methods": FIT_LOSSES + PREFERENCE_LOSSES, "fit_paths": FIT_PATHS, "flower_rewards": paper}
         for name, choices in allowed.items():
             unknown = [value for value in getattr(self, name) if value not in choices]
             if unknown:
@@ -86,10 +89,10 @@ class Settings(TrainSettings):
         if not self.guides or not all(isinstance(w, (int, float)) and 0 <= w <= 1 for w in self.guides):
             raise ValueError(f"guides is {list(self.guides)}: name one weight from 0 to 1 at least")
         try:
-            good = all(-inf < alpha < inf and 0 <= theta <= 1 for alpha, theta in self.sweep)
+            good = self.sweep and all(-inf < alpha < inf and 0 <= theta <= 1 for alpha, theta in self.sweep)
         except (TypeError, ValueError):  # no numbers, no pairs
             good = False
-        if not self.sweep or not good:
+        if not good:
             raise ValueError(f"sweep is {list(self.sweep)}: write [[alpha, theta], …] with theta from 0 to 1")
 
 
@@ -103,9 +106,9 @@ PROFILES: dict[str, Settings] = {
     "paper": Settings(
         profile="paper", dataset="video_games", data_path="data/video_games", category="video game", split="time",
         max_history=10, model="Qwen/Qwen2.5-1.5B", frozen_layers=0, tuned_layers=0, cut_vocabulary=False,
-        rows="target", learning_rate=3e-4, batch_size=256, epochs=7.0, evaluations=7, counts="windowed",
+        rows="target", learning_rate=3e-4, batch_size=256, epochs=7.0, evaluations=7, valid_users=0, counts="windowed",
         reward="div", alpha=1.0, flow="subtb", theta=0.9995, paths="policy", flower_rewards=("none", "add"),
-        sweep=((1, 0.99), (1, 0.995), (1, 0.999), (1, 0.9995), (1, 0.9999)), exact_users=200, valid_users=0, decoding_users=0,
+        sweep=((1, 0.99), (1, 0.995), (1, 0.999), (1, 0.9995), (1, 0.9999)), decoding_users=0, exact_users=200,
     ),
 }
 WHOLE_VOCABULARY = {"tuned_layers": 0, "cut_vocabulary": False}
@@ -116,7 +119,8 @@ FIT: dict[str, dict[str, Any]] = {  # where notebook 05 differs from its profile
     ),
     "laptop": WHOLE_VOCABULARY | dict(n_seeds=3, frozen_layers=26, learning_rate=1e-3),
     "paper": WHOLE_VOCABULARY | dict(
-        n_seeds=3, min_count=1, budget=320_000, large_budget=3_000_000, learning_rate=1e-5, preference_learning_rate=1e-6,
+        n_seeds=3, min_count=1, budget=320_000, large_budget=3_000_000,
+        learning_rate=1e-5, preference_learning_rate=1e-6,
     ),
 }
 
@@ -125,45 +129,29 @@ def settings(profile: str, after: str | Path | None = None, fit: bool = False, *
     """The settings of one notebook: the profile's, or those of the step before, then every override that is not None.
 
     Args:
-        after: folder of the step before; its settings.json stands in for the profile's values, so that settings given to
-            notebook 01 carry over to notebook 04.
+        after: folder of the step before: settings given to notebook 01 carry over to notebook 04.
         fit: whether the notebook is 05, which has values of its own (`FIT`).
 
     Raises:
-        ValueError: unknown profile, or not that of the step before; unknown setting, or a value of the wrong type. The
-            message lists what is allowed.
+        ValueError: unknown profile, or not that of the step before; unknown setting, or a value that it cannot have.
     """
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
-    base = PROFILES[profile] if after is None else _settings_of(Path(after) / "settings.json", profile)
-    values = dict(FIT[profile]) if fit else {}
+    base = PROFILES[profile]
+    if after is not None:
+        path = Path(after) / "settings.json"
+        try:
+            base = Settings(**store.read_json(path)["settings"])
+        except (TypeError, KeyError):
+            raise ValueError(f"{path} is damaged or of another version of this project: start at notebook 01") from None
+        if base.profile != profile:
+            raise ValueError(f"{path.parent} was made with PROFILE {base.profile!r}, not {profile!r}: give another OUT")
     names = [f.name for f in fields(base) if f.name != "profile"]
-    for name, value in overrides.items():
+    for name in overrides:
         if name not in names:
             raise ValueError(f"unknown setting {name!r}: the settings are {', '.join(names)}")
-        if value is not None:
-            values[name] = _of_type(name, value, type(getattr(base, name)))
-    return replace(base, **values)
-
-
-def _of_type(name: str, value: Any, kind: type) -> Any:
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is tuple and isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(value)
-    if type(value) is not kind:
-        raise ValueError(f"setting {name} takes a {'list' if kind is tuple else kind.__name__}, not {value!r}")
-    return value
-
-
-def _settings_of(path: Path, profile: str) -> Settings:
-    try:
-        base = Settings(**store.read_json(path)["settings"])
-    except (TypeError, KeyError):
-        raise ValueError(f"{path} is damaged or of another version of this project: start at notebook 01") from None
-    if base.profile != profile:
-        raise ValueError(f"{path.parent} was made with PROFILE {base.profile!r}, not {profile!r}: give another OUT")
-    return base
+    own = {name: value for name, value in overrides.items() if value is not None}
+    return replace(base, **(FIT[profile] if fit else {}) | own)
 
 
 def literal(text: str) -> tuple[str, Any]:

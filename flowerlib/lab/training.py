@@ -1,7 +1,8 @@
-"""From rows to a tuned model on disk: frozen layers run once, one trainer for SFT, Flower and Flower-KL, nothing done twice."""
+"""From rows to a tuned model on disk: frozen layers run once, one trainer for all methods, nothing done twice."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,13 +18,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging, set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import data
@@ -33,11 +33,10 @@ from ..tree import left_padded, positions
 from . import sources, store
 
 
+@torch.no_grad()
 def run_trunk(rows: Rows, trunk: PreTrainedModel, folder: Path, name: str, batch_size: int = 16) -> None:
-    """Runs the frozen layers once over all rows; their output stays on disk as float16, memory-mapped.
-
-    The file is folder/<name>-<digest of rows and weights>.npy.
-    """
+    """Runs the frozen layers once over all rows; their output stays on disk as float16, memory-mapped, in
+    folder/<name>-<digest of rows and weights>.npy."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{store.digest(rows.start, *rows.input_ids, *trunk.parameters())}.npy"
     if not path.exists():
@@ -50,40 +49,31 @@ def run_trunk(rows: Rows, trunk: PreTrainedModel, folder: Path, name: str, batch
             order = sorted(range(len(rows)), key=lambda i: -len(rows.input_ids[i]))
             for first in tqdm(range(0, len(order), batch_size), desc="frozen layers, once", unit="batch"):
                 batch = order[first : first + batch_size]
-                for i, states in zip(batch, _states(rows, trunk, batch), strict=True):
-                    out[rows.start[i] : rows.start[i + 1]] = states
+                ids, mask = (x.to(trunk.device) for x in left_padded([rows.input_ids[i] for i in batch]))
+                out_of = trunk(input_ids=ids, attention_mask=mask, position_ids=positions(mask))
+                states = out_of.last_hidden_state.half()
+                if not torch.isfinite(states[mask.bool()]).all():
+                    raise ValueError("the frozen layers' output leaves float16's range: set frozen_layers to 0")
+                for i, row in zip(batch, states.numpy(force=True)):
+                    out[rows.start[i] : rows.start[i + 1]] = row[-len(rows.input_ids[i]) :]
             out.flush()
-            del out
     rows.hidden = np.load(path, mmap_mode="r")
 
 
-@torch.no_grad()
-def _states(rows: Rows, trunk: PreTrainedModel, batch: Sequence[int]) -> list[np.ndarray]:
-    ids, mask = (x.to(trunk.device) for x in left_padded([rows.input_ids[i].tolist() for i in batch]))
-    states = trunk(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).last_hidden_state.half()
-    if not torch.isfinite(states[mask.bool()]).all():
-        raise ValueError("the frozen layers' output leaves float16's range: set frozen_layers to 0")
-    return [row[-len(rows.input_ids[i]) :] for i, row in zip(batch, states.numpy(force=True))]
-
-
-class LikeLengths(Sampler[int]):
-    """Indices in an order that puts rows of like length into one batch, a fifth less padding; random by epoch.
-
-    transformers' own `group_by_length` draws its order anew when a run resumes; this one goes on where it was.
-    """
+class LikeLengths(LengthGroupedSampler):
+    """Rows of like length in one batch, a fifth less padding; random by seed and epoch, so that a run that resumes goes
+    on where it was, where transformers' own would draw its order anew."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+        super().__init__(batch_size, lengths=list(lengths))
+        self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        self.generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        return super().__iter__()
 
 
 class FlowerTrainer(Trainer):
@@ -94,14 +84,12 @@ class FlowerTrainer(Trainer):
         self.objective, self.model_accepts_loss_kwargs = objective, False
         self._parts: dict[str, list[Tensor]] = {}
 
-    def _get_train_sampler(self, train_dataset: Rows | None = None) -> Sampler[int]:
-        rows = train_dataset or self.train_dataset
-        together = self.args.train_batch_size * self.args.world_size
-        return LikeLengths(list(map(len, rows.input_ids)), together, self.args.seed)
+    def _get_train_sampler(self, train_dataset: Rows | None = None) -> LikeLengths:
+        lengths = map(len, (train_dataset or self.train_dataset).input_ids)
+        return LikeLengths(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
 
     def compute_loss(
-        self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Any:
         parts = {}
         for name, (mean, weight) in self.objective(model, inputs).items():
@@ -144,10 +132,10 @@ def log_table(history: list[dict[str, float]]) -> pd.DataFrame:
     """transformers' record of a training as columns step, kind ("train" or "validation"), loss, and sft and flow."""
     records = []
     for entry in history:
-        for kind, prefix in (("train", ""), ("validation", "eval_")):
-            if f"{prefix}loss" in entry:
-                record = {"step": entry["step"], "kind": kind, "loss": entry[f"{prefix}loss"]}
-                records.append(record | {k: entry[prefix + k] for k in ("sft", "flow") if prefix + k in entry})
+        kind, prefix = ("train", "") if "loss" in entry else ("validation", "eval_")
+        if prefix + "loss" in entry:
+            parts = {name: entry[prefix + name] for name in ("loss", "sft", "flow") if prefix + name in entry}
+            records.append({"step": entry["step"], "kind": kind} | parts)
     return pd.DataFrame(records)
 
 
@@ -163,13 +151,16 @@ def computes_in_bfloat16() -> bool:
 def base_digest(path: str | Path) -> str:
     """A name for the weights in a model's folder, by content; a hub id, or "tiny", is its own name."""
     files = sorted(p for p in Path(path).glob("*") if p.suffix in (".json", ".safetensors", ".bin"))
-    return store.digest(*(file.read_bytes() for file in files)) if files else str(path)
+    contents = []
+    for file in files:
+        with file.open("rb") as stream:
+            contents.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return store.digest(contents) if files else str(path)
 
 
 def digest_of(tables: data.Tables) -> str:
     """12 hexadecimal digits that name what a model learns from: ids and titles of items, rows of train and valid."""
-    index = pd.Index(tables.items.item_id)
-    parts: list[Any] = [tables.items.item_id.tolist(), tables.items.title.tolist()]
+    index, parts = pd.Index(tables.items.item_id), [tables.items.item_id.tolist(), tables.items.title.tolist()]
     for rows in (tables.train, tables.valid):
         flat, offsets = data.histories(rows)
         users = rows.user_id.tolist() if "user_id" in rows else []
@@ -183,25 +174,29 @@ def made_from(
 ) -> dict[str, Any]:
     """What a tuned model depends on: the settings that touch its method, and names of the data and weights."""
     sft = log_item_rewards is None or settings.theta == 1
-    names = [f.name for f in fields(TrainSettings) if f.name != "model" and not (sft and f.name in OF_FLOWER)]
-    used = {name: getattr(settings, name) for name in names} | {"theta": 1.0 if sft else settings.theta}
+    read = {"beta": settings.reward in ("exact", "add"), "lam": settings.flow == "subtb", "model": False,
+            "n_paths": settings.paths != "logged"} | dict.fromkeys(OF_FLOWER if sft else (), False)
+    used = {f.name: getattr(settings, f.name) for f in fields(TrainSettings) if read.get(f.name, True)}
+    used["theta"] = 1.0 if sft else settings.theta
     used |= {"bfloat16": settings.bfloat16 and computes_in_bfloat16(), "data": digest_of(tables),
-             "base": base_digest(sources.model_folder(settings.model))}
-    used["weights"] = None if leaf_weights is None else store.digest(leaf_weights)
+             "base": base_digest(sources.model_folder(settings.model)),
+             "weights": None if leaf_weights is None else store.digest(leaf_weights)}
     if not sft:
         used["item_rewards"] = store.digest(log_item_rewards)
-        used["preference"] = store.digest(*preference.parameters()) if settings.reward != "none" else None
+        asked = settings.reward != "none" and preference is not None
+        used["preference"] = store.digest(*preference.parameters()) if asked else None
     return used
 
 
 def finetune(
     backbone: Backbone, tables: data.Tables, settings: TrainSettings, folder: Path, cache: Path,
-    log_item_rewards: Tensor | None = None, preference: torch.nn.Module | None = None, leaf_weights: Tensor | None = None,
+    log_item_rewards: Tensor | None = None, preference: torch.nn.Module | None = None,
+    leaf_weights: Tensor | None = None,
 ) -> tuple[pd.DataFrame, Path]:
     """Tunes the backbone's model in place and saves it, with tokenizer and items, ready for `recommend`.
 
-    The checkpoint of the lowest validation loss stays. A killed run resumes from its last checkpoint, and a finished one
-    is taken as it is, if settings and data are the same (`made_from`); others beside it stay as they are.
+    The checkpoint of the lowest validation loss stays. A killed run resumes from its last checkpoint, and a finished
+    one is taken as it is, if settings and data are the same (`made_from`); others beside it stay as they are.
 
     Deviation: the paper stops once two validations in a row were no better; here all `epochs` are run.
 
@@ -212,8 +207,8 @@ def finetune(
         preference: p_ui, needed by every reward but "none". leaf_weights: as `Objective` takes them.
 
     Returns:
-        The log: columns step, loss, kind ("train" or "validation"), sft and flow (nats a token; nats² or nats a node); and
-        the folder of this training.
+        The log: columns step, loss, kind ("train" or "validation"), sft and flow (nats a token; nats² or nats a node);
+        and the folder of this training.
 
     Raises:
         ValueError: a title or a row is longer than the model's context; sampled paths behind frozen layers; a reward
@@ -224,7 +219,7 @@ def finetune(
         raise ValueError("paths that are drawn need every layer at hand: set frozen_layers and tuned_layers to 0 in 02")
     model, _, catalogue = backbone
     origin = made_from(settings, tables, log_item_rewards, preference, leaf_weights)
-    folder = folder / f"{settings.method}-{store.digest(origin)}"
+    folder = folder / f"{settings.method.split(',')[0]}-{store.digest(origin)}"
     record = store.find(folder / "made.json", origin)
     if record is not None:
         print(f"{folder.name}: trained already with these settings, taken as it is", flush=True)
@@ -235,6 +230,7 @@ def finetune(
     _check_lengths(model, catalogue, (rows, valid))
     rewards = torch.zeros(catalogue.trie.n_items) if log_item_rewards is None else log_item_rewards
     start, arguments = time.perf_counter(), _arguments(settings, folder / "checkpoints", len(rows))
+    objective = Objective(catalogue.trie, rewards, settings, preference, leaf_weights, arguments.device)
     tuned = model.to(arguments.device)
     set_seed(settings.seed)
     with arguments.main_process_first():  # where several processes train
@@ -248,11 +244,12 @@ def finetune(
     if settings.lora_rank:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear")
-        tuned = get_peft_model(tuned, config)
+        rank = settings.lora_rank
+        tuned = get_peft_model(tuned, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     logging.set_verbosity_error()
-    objective = Objective(catalogue.trie, rewards, settings, preference, leaf_weights, arguments.device)
-    trainer = FlowerTrainer(tuned, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()], objective=objective)
+    trainer = FlowerTrainer(
+        tuned, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()], objective=objective
+    )
     trainer.remove_callback(PrinterCallback)
     torch.manual_seed(settings.seed + 1_000_003 * arguments.process_index)  # every process draws paths of its own
     trainer.train(resume_from_checkpoint=last)
@@ -277,11 +274,10 @@ def finetune(
 def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, parts: Sequence[Rows]) -> None:
     """Refuses a title or a row that is longer than the model's context."""
     limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    lengths = [len(sequence) for sequence in catalogue.sequences]
-    item = int(np.argmax(lengths))
-    if len(catalogue.context([])) + lengths[item] > limit:
+    item, sequence = max(enumerate(catalogue.sequences), key=lambda pair: len(pair[1]))
+    if len(catalogue.context([])) + len(sequence) > limit:
         raise ValueError(
-            f"item {item}, {catalogue.titles[item][:60]!r}, has {lengths[item]} tokens; prompt and title together may "
+            f"item {item}, {catalogue.titles[item][:60]!r}, has {len(sequence)} tokens; prompt and title together may "
             f"have {limit}: shorten the title"
         )
     longest = max(len(ids) for rows in parts for ids in rows.input_ids) + catalogue.trie.max_depth
@@ -306,8 +302,8 @@ def _parted(batch_size: int, device_batch: int, processes: int) -> tuple[int, in
     rows, rest = divmod(batch_size, times * processes)
     if rest:
         raise ValueError(
-            f"batch_size {batch_size} does not part into equal batches of at most {device_batch} rows (device_batch) for "
-            f"{processes} processes: make it a multiple of {times * processes}"
+            f"batch_size {batch_size} does not part into equal batches of at most {device_batch} rows (device_batch) "
+            f"for {processes} processes: make it a multiple of {times * processes}"
         )
     return rows, times
 
@@ -318,15 +314,14 @@ def _arguments(settings: TrainSettings, folder: Path, n_rows: int) -> TrainingAr
     processes = int(os.environ.get("WORLD_SIZE", 1))  # set by `accelerate launch`
     at_a_time, accumulated = _parted(settings.batch_size, settings.device_batch, processes)
     arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=at_a_time, per_device_eval_batch_size=2 * at_a_time,
-        gradient_accumulation_steps=accumulated,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=total // 20, max_steps=total, eval_strategy="steps",
-        eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=2, load_best_model_at_end=True,
-        metric_for_best_model="eval_loss", logging_steps=max(1, total // 50), report_to="none", seed=settings.seed,
-        remove_unused_columns=False, label_names=["nodes"], prediction_loss_only=True, disable_tqdm=True,
+        str(folder), per_device_train_batch_size=at_a_time, per_device_eval_batch_size=2 * at_a_time,
+        gradient_accumulation_steps=accumulated, learning_rate=settings.learning_rate, lr_scheduler_type="cosine",
+        warmup_steps=total // 20, max_steps=total, eval_strategy="steps", eval_steps=every, save_strategy="steps",
+        save_steps=every, save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss",
+        logging_steps=max(1, total // 50), report_to="none", seed=settings.seed, remove_unused_columns=False,
+        label_names=["nodes"], prediction_loss_only=True, disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),  # else several CPU processes would not know of each other
-        bf16=settings.bfloat16 and computes_in_bfloat16(), dataloader_pin_memory=torch.cuda.is_available(), max_grad_norm=1.0,
+        bf16=settings.bfloat16 and computes_in_bfloat16(), dataloader_pin_memory=torch.cuda.is_available(),
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # transformers would put a batch on each device that it sees
     return arguments
