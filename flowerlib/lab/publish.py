@@ -72,7 +72,8 @@ def main() -> None:
         parser.error(str(error))
     for name in names:
         copy_outputs(folder / "notebooks" / name, FOLDER / name)
-        copies |= {path: path.name for kind in ("figures", "results") for path in folder.glob(f"{kind}/{name[:2]}_*")}
+        for pattern in (f"figures/{name[:2]}_*.png", f"results/{name[:2]}_*.json"):  # no lists of users
+            copies |= {path: path.name for path in folder.glob(pattern)}
     for path, name in copies.items():
         shutil.copy(path, FIGURES / name)
     for page in PAGES:
