@@ -8,46 +8,28 @@ taken in parts, and gradients add up. log_reach is log F(s)/Z of a node.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from .trie import segment_logsumexp
 
 FLOOR_LOG_REWARD = -15.0  # what the official code gives the terminator where the prefix is no title
-FLOW_LOSSES = ("subtb", "tb", "db", "modified_subtb", "divergence")
+FLOW_LOSSES = ("subtb", "tb", "db", "modified_subtb")  # of paths; `divergence_loss` is of the states on them
 
 
-@dataclass(frozen=True)
-class Paths:
-    """What a flow loss reads of titles on their way down the tree: (B, T) in nats as above, but for the divergence.
-
-    edge_log_pf, edge_log_r, visits and n_states are the arguments of `divergence_loss`; log_end and log_end_r are
-    log_pterm and log_term_rewards of `modified_subtb_loss`.
-    """
-
-    mask: Tensor
-    log_pf: Tensor | None = None
-    log_r: Tensor | None = None
-    edge_log_pf: Tensor | None = None
-    edge_log_r: Tensor | None = None
-    visits: Tensor | float = 1.0
-    n_states: int = 1
-    log_end: Tensor | None = None
-    log_end_r: Tensor | None = None
-
-
-def flow_loss(name: str, paths: Paths, lam: float = 1.0) -> Tensor:
-    """One of FLOW_LOSSES, a scalar: nats² for the balance losses, nats for the divergence; else a ValueError."""
-    if name == "divergence":
-        return divergence_loss(paths.edge_log_pf, paths.edge_log_r, paths.n_states, paths.visits)
+def flow_loss(
+    name: str, log_pf: Tensor, log_token_rewards: Tensor, mask: Tensor, lam: float = 1.0,
+    end: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """One of FLOW_LOSSES over titles' paths, a scalar in nats²; ValueError for another name. end: log_pterm and
+    log_term_rewards of `modified_subtb_loss`, which alone reads them."""
     if name == "tb":
-        return trajectory_balance_loss(paths.log_pf, paths.log_r, paths.mask)
+        return trajectory_balance_loss(log_pf, log_token_rewards, mask)
     if name == "modified_subtb":
-        return modified_subtb_loss(paths.log_pf, paths.log_end, paths.log_r, paths.log_end_r, paths.mask, lam)
+        log_pterm, log_term_rewards = end
+        return modified_subtb_loss(log_pf, log_pterm, log_token_rewards, log_term_rewards, mask, lam)
     if name in ("subtb", "db"):
-        return subtb_loss(paths.log_pf, paths.log_r, paths.mask, lam if name == "subtb" else 0.0)
+        return subtb_loss(log_pf, log_token_rewards, mask, lam if name == "subtb" else 0.0)
     raise ValueError(f"{name!r} is no flow loss: choose one of {', '.join(FLOW_LOSSES)}")
 
 

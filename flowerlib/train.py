@@ -283,7 +283,8 @@ class Objective:
         if settings.reward in ("div", "add"):
             ends = self.trie.node_leaf[nodes[begins.roll(-1)]]
             rows_r = tilted(rows_r, log_p[begins], ends, settings.reward, settings.beta)
-        return losses.subtb_loss(rows_pf, rows_r, mask, settings.lam), subpath_weights(mask, settings.lam).sum()
+        weight = subpath_weights(mask, settings.lam).sum()
+        return losses.flow_loss(settings.flow, rows_pf, rows_r, mask, settings.lam), weight
 
     def packed(self, batch: dict[str, Tensor], paths: Tensor, branch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """P more titles a row, packed behind it: each sees what stands before its column `branch`, (B, P), and itself.

@@ -53,7 +53,7 @@ def test_the_core_is_small():
 
 def test_the_whole_is_small():
     """The goal is 4,400 lines, which is not reached: the house must not grow on the way there."""
-    assert lines(*FILES) <= 5320
+    assert lines(*FILES) <= 5300
 
 
 def test_no_line_is_wide():

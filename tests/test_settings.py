@@ -42,7 +42,7 @@ def test_every_profile_is_named_by_itself_and_has_values_for_notebook_05():
 
 def test_a_name_of_a_loss_is_one_of_the_library():
     own = {"exact_ce", "exact_squared", "subtree_ce", "sft"}
-    assert set(FIT_LOSSES) == own | set(FLOW_LOSSES) - {"divergence"}  # which is subtree_ce there
+    assert set(FIT_LOSSES) == own | set(FLOW_LOSSES)
     assert not set(FIT_LOSSES) & set(PREFERENCE_LOSSES) and set(runs.METHOD_NAMES) >= {*FIT_LOSSES, *PREFERENCE_LOSSES}
 
 

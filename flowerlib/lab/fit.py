@@ -72,8 +72,7 @@ def loss_parts(
         else:
             end = trie.advance(before.flatten(), trie.token[trie.leaves[0]].expand(before.numel())).view_as(before)
             log_end_r = torch.where(end >= 0, log_r[end.clamp(min=0)], losses.FLOOR_LOG_REWARD)
-            paths = losses.Paths(mask, into[path], log_r[path], log_end=terminator[before], log_end_r=log_end_r)
-            value = losses.flow_loss(loss, paths)
+            value = losses.flow_loss(loss, into[path], log_r[path], mask, end=(terminator[before], log_end_r))
         if penalty:
             value = value + penalty * losses.off_trie_penalty(log_pf, trie.parent[children], log_reach)
         yield value

@@ -10,7 +10,7 @@ from ..losses import FLOW_LOSSES
 from ..train import TrainSettings, setting
 from . import store
 
-FIT_LOSSES = ("exact_ce", "exact_squared", "subtree_ce", "sft", *(name for name in FLOW_LOSSES if name != "divergence"))
+FIT_LOSSES = ("exact_ce", "exact_squared", "subtree_ce", "sft", *FLOW_LOSSES)
 PREFERENCE_LOSSES = ("dpo", "rloo")
 FIT_PATHS = ("reward", "policy", "schedule")  # where the sampled losses of notebook 05 look
 

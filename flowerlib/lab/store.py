@@ -75,7 +75,7 @@ def digest(*parts: Any) -> str:
 
 def find(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record at `path` if it is there and made from just this, else None. Says so if another commit made it."""
-    if not path.exists() or path.stat().st_mtime < float(os.environ.get(FRESH, 0)):
+    if outdated(path):
         return None
     record = read_json(path)
     if record.get("made_from") != json.loads(json.dumps(made_from)):
@@ -83,6 +83,11 @@ def find(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
     if record["provenance"]["commit"] != commit():
         _say(path.parent.name, record["provenance"]["commit"])
     return record
+
+
+def outdated(path: Path) -> bool:
+    """Whether there is nothing at `path`, or only work from before the moment that FRESH names."""
+    return not path.exists() or path.stat().st_mtime < float(os.environ.get(FRESH, 0))
 
 
 @lru_cache

@@ -287,7 +287,7 @@ def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, parts: Sequence
 
 def last_checkpoint(folder: Path) -> str | None:
     """The last whole checkpoint of a killed run; half-written ones are removed."""
-    if not folder.exists() or folder.stat().st_mtime < float(os.environ.get(store.FRESH, 0)):
+    if store.outdated(folder):
         shutil.rmtree(folder, ignore_errors=True)
         return None
     for half in folder.glob("checkpoint-*"):
