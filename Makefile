@@ -22,7 +22,7 @@ report: .venv/ready
 	$(BIN)/python -m flowerlib.lab.report --out $(OUT)
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-browser: .venv/ready
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) playwright==1.65.2

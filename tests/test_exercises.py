@@ -2,7 +2,6 @@
 
 import ast
 import re
-import shutil
 import textwrap
 
 import nbformat
@@ -49,8 +48,7 @@ def text(notebook):
 
 
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
-def test_solutions_pass_and_wrong_answers_are_refused_with_a_reason(path, smoke, tmp_path):
-    run = shutil.copytree(smoke, tmp_path / "run")
+def test_solutions_pass_and_wrong_answers_are_refused_with_a_reason(path, copy, tmp_path):
     solutions = functions(path.read_text(encoding="utf-8"))
     notebook = nbformat.read(reproduce.FOLDER / f"{path.stem}.ipynb", as_version=4)
     cells, left, answers = [], dict(solutions), 0
@@ -71,14 +69,14 @@ def test_solutions_pass_and_wrong_answers_are_refused_with_a_reason(path, smoke,
     assert not left, "the notebook has no such exercise"
     solved = tmp_path / f"{path.stem}.ipynb"
     nbformat.write(notebook, solved)
-    given = {"PROFILE": "smoke", "OUT": str(run)}
+    given = {"PROFILE": "smoke", "OUT": str(copy)}
     done = papermill.execute_notebook(solved, tmp_path / "done.ipynb", given, cwd=reproduce.FOLDER, progress_bar=False)
     out = "".join(text(done))
     assert re.findall("^taken: .*", out, re.MULTILINE) == []
     assert "not attempted" not in out and out.count("correct") == len(solutions)
     assert len(re.findall("^refused: .{10}", out, re.MULTILINE)) == answers
     if path.stem != "00_follow_the_flow":
-        as_it_stands = nbformat.read(run / "notebooks" / f"{path.stem}.ipynb", as_version=4)
+        as_it_stands = nbformat.read(copy / "notebooks" / f"{path.stem}.ipynb", as_version=4)
         assert "".join(text(as_it_stands)).count("not attempted") == out.count("correct")
 
 

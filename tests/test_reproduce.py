@@ -17,12 +17,6 @@ PREPARE, SFT, FLOWER, MEASURE = reproduce.NOTEBOOKS
 
 
 @pytest.fixture
-def copy(smoke, tmp_path):
-    """A run of its own, to be changed."""
-    return shutil.copytree(smoke, tmp_path / "run")
-
-
-@pytest.fixture
 def dry(monkeypatch, tmp_path):
     """An empty run whose notebooks are only noted, with what they are given, and leave a result."""
     ran = []
@@ -81,31 +75,33 @@ def test_timings_name_every_notebook(smoke):
         assert record["provenance"]["seconds"] == timings[name]["seconds"]
 
 
-def test_nothing_changed_nothing_runs(smoke, capsys):
-    reproduce.reproduce("smoke", str(smoke), {})
+def test_nothing_changed_nothing_runs(alone, capsys):
+    reproduce.reproduce("smoke", str(alone), {})
     assert capsys.readouterr().out.count("skipped") == len(reproduce.NOTEBOOKS)
 
 
 @pytest.mark.parametrize("name", [*reproduce.NOTEBOOKS, *reproduce.STUDIES])
-def test_one_notebook_after_a_whole_run_does_nothing(smoke, capsys, monkeypatch, name):
+def test_one_notebook_after_a_whole_run_does_nothing(alone, capsys, monkeypatch, name):
     monkeypatch.setattr(reproduce, "_run", lambda *args: pytest.fail("ran again"))
-    reproduce.reproduce("smoke", str(smoke), {}, [name])
+    reproduce.reproduce("smoke", str(alone), {}, [name])
     assert capsys.readouterr().out == f"{name}: unchanged since its last complete run, skipped\n"
 
 
-def test_the_command_prints_the_table_and_where_all_lies(smoke):
-    command = [sys.executable, "-m", "flowerlib.lab.reproduce", "--profile", "smoke", "--out", str(smoke),
+def test_the_command_prints_the_table_and_where_all_lies(alone):
+    command = [sys.executable, "-m", "flowerlib.lab.reproduce", "--profile", "smoke", "--out", str(alone),
                "--only", "04_bias_and_diversity"]
     done = subprocess.run(command, cwd=store.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "skipped" in done.stdout and "Profile smoke" in done.stdout
     assert all(method in done.stdout for method in ("Popularity", "SFT", "Flower-KL"))
-    assert f"report: {smoke / 'report.html'}" in done.stdout and f"results: {smoke / 'results'}" in done.stdout
+    assert f"report: {alone / 'report.html'}" in done.stdout and f"results: {alone / 'results'}" in done.stdout
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_results_but_for_times(smoke, tmp_path):
-    again = reproduce.reproduce("smoke", str(tmp_path), {}, (*reproduce.NOTEBOOKS, *reproduce.STUDIES))
-    results = {path for path in (smoke / "results").glob("*.json") if path.stem not in reproduce.SPEED}  # times alone
+    names = [name for name in (*reproduce.NOTEBOOKS, *reproduce.STUDIES) if name != reproduce.SPEED]  # times alone
+    again = reproduce.reproduce("smoke", str(tmp_path), {}, names)
+    results = {path for path in (smoke / "results").glob("*.json") if path.name[:2] != reproduce.SPEED[:2]}
     assert len(results) > 6
     for path in sorted(results):
         first, second = (runs.read_document(folder / "results" / path.name) for folder in (smoke, again))
@@ -178,8 +174,10 @@ def test_a_changed_cell_or_a_changed_comment_in_the_library_runs_again(dry, tmp_
         assert dry() == ["01", "02", "03", "04"] and dry() == []
 
 
+@pytest.mark.long
 def test_a_whole_house_with_a_changed_docstring_trains_nothing_again(copy, tmp_path):
-    """Notebooks 01 to 03 run with the other library; they take what is trained, and say that another commit made it."""
+    """All run with the other library, take what is trained, and say that another commit made it; then only what was
+    deleted or changed by hand is made again."""
     house = tmp_path / "house"
     shutil.copytree(store.ROOT / "flowerlib", house / "flowerlib", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(reproduce.FOLDER, house / "notebooks")
@@ -187,16 +185,25 @@ def test_a_whole_house_with_a_changed_docstring_trains_nothing_again(copy, tmp_p
     for path in (house / "flowerlib").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         path.write_text(text.replace('"""', '"""Other words. ', 1) + "# a remark\n", encoding="utf-8")
-    before = trained(copy)
-    only = [part for name in (PREPARE, SFT, FLOWER) for part in ("--only", name.removesuffix(".ipynb"))]
-    command = [sys.executable, "-m", "flowerlib.lab.reproduce", "--profile", "smoke", "--out", str(copy), *only]
-    env = os.environ | {"PYTHONPATH": str(house)}
-    done = subprocess.run(command, cwd=house, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "skipped" not in done.stdout and done.stdout.count("trained already with these settings") == 2
-    made_by = {json.loads(record)["provenance"]["commit"] for record, _ in before.values()}
-    said = 3 * (made_by != {"unknown"})  # of p_ui, SFT and Flower-KL; the copy is no repository
-    assert done.stdout.count("taken as it is (--fresh makes it again)") == said
+    command = [sys.executable, "-m", "flowerlib.lab.reproduce", "--profile", "smoke", "--out", str(copy)]
+
+    def run():
+        env = os.environ | {"PYTHONPATH": str(house)}
+        done = subprocess.run(command, cwd=house, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    before, out = trained(copy), run()
+    assert "skipped" not in out and out.count("trained already with these settings, taken as it is") == 2
+    for step in ("data", "sft", "flower"):
+        made = store.read_json(copy / step / "settings.json")["made"]
+        by = store.read_json(next(copy.glob(f"*/{made}/made.json")))["provenance"]["commit"]
+        said = f"{made}: made by commit {by}, taken as it is (--fresh makes it again)"
+        assert said in out or by == "unknown"  # the house is no repository
+    (copy / "flower" / "settings.json").unlink()
+    (copy / "results" / "04_bias_and_diversity.json").write_text("{}")
+    assert run().count("skipped") == 2
+    assert len(runs.read_results(copy / "results" / "04_bias_and_diversity.json")) == 7
     assert trained(copy) == before
 
 
@@ -224,36 +231,23 @@ def test_fresh_passes_by_what_is_done(dry):
     assert dry() == []
 
 
-def test_what_was_deleted_or_changed_by_hand_is_made_again(copy, capsys, monkeypatch):
-    reproduce.reproduce("smoke", str(copy), {})  # OUT is another one: all run, and what is trained is taken as it is
-    assert capsys.readouterr().out.count("trained already with these settings, taken as it is") == 2
-    (copy / "flower" / "settings.json").unlink()
-    (copy / "results" / "04_bias_and_diversity.json").write_text("{}")
-    reproduce.reproduce("smoke", str(copy), {})
-    assert capsys.readouterr().out.count("skipped") == 2
-    assert len(runs.read_results(copy / "results" / "04_bias_and_diversity.json")) == 7
-
-
 # Parameters and errors
 
 
-def test_an_override_holds_in_the_notebooks_after_it_and_an_error_is_one_sentence(tmp_path):
+@pytest.mark.long
+def test_an_override_holds_in_the_notebooks_after_it_and_an_error_is_one_sentence(tmp_path, smoke):
     names = [PREPARE, SFT]
-    folder = reproduce.reproduce("smoke", str(tmp_path), {"category": "book", "max_history": 4, "epochs": 0.2}, names)
+    given = {"category": "book", "max_history": 4, "seed": 1, "preference_epochs": 2, "epochs": 0.2}
+    folder = reproduce.reproduce("smoke", str(tmp_path), given, names)
     for stem in ("data", "sft"):
         used = store.read_json(folder / stem / "settings.json")["settings"]
-        assert (used["category"], used["max_history"]) == ("book", 4)
-    with pytest.raises(reproduce.NotebookError, match="02_train_sft.ipynb stopped with ValueError: the model has 2 la"):
-        reproduce.reproduce("smoke", str(tmp_path), {"tuned_layers": 9}, names)
-
-
-def test_the_seed_reaches_every_model(tmp_path, smoke):
-    given = {"seed": 1, "preference_epochs": 2, "epochs": 0.2}
-    folder = reproduce.reproduce("smoke", str(tmp_path), given, [PREPARE, SFT])
+        assert (used["category"], used["max_history"], used["seed"]) == ("book", 4, 1)
     made = [store.read_json(path / "made.json") for path in trained(folder)]
-    assert len(made) == 2 and all(record["made_from"]["seed"] == 1 for record in made)
+    assert len(made) == 2 and all(record["made_from"]["seed"] == 1 for record in made)  # the seed reaches every model
     assert all(record["provenance"]["settings"]["seed"] == 1 for record in made)
     assert not {path.name for path in trained(folder)} & {path.name for path in trained(smoke)}
+    with pytest.raises(reproduce.NotebookError, match="02_train_sft.ipynb stopped with ValueError: the model has 2 la"):
+        reproduce.reproduce("smoke", str(tmp_path), {"tuned_layers": 9}, names)
 
 
 def test_misspelt_parameters_and_profiles_are_errors(dry, tmp_path):
