@@ -34,7 +34,7 @@ bench: .venv/ready
 	$(BIN)/python -m pytest tests/benchmarks/bench_*.py --benchmark-enable --benchmark-only
 
 publish: .venv/ready
-	$(BIN)/python -m flowerlib.lab.publish $(NOTEBOOKS)
+	$(BIN)/python notebooks/publish.py $(NOTEBOOKS)
 
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed'"

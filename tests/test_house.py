@@ -10,12 +10,13 @@ from flowerlib.lab.store import ROOT
 
 CORE = ("trie", "rewards", "losses", "data", "model", "tree", "metrics", "train")
 LAB = (
-    "store", "settings", "runs", "sources", "training", "plots", "preference", "fit", "compare", "explore", "report",
-    "reproduce", "publish", "launch",
+    "store", "settings", "runs", "sources", "training", "plots", "preference", "fit", "compare", "report", "reproduce",
+    "launch",
 )
 ORDER = (*CORE, *(f"lab.{name}" for name in LAB))  # a room imports rooms before it
 PACKAGE = ROOT / "flowerlib"
 FILES = sorted(PACKAGE.rglob("*.py"))
+BESIDE = sorted((ROOT / "notebooks").glob("*.py"))  # what one notebook, or the maintainers alone, use
 
 
 def lines(*paths):
@@ -53,11 +54,12 @@ def test_the_core_is_small():
 
 def test_the_whole_is_small():
     """The goal is 4,400 lines, which is not reached: the house must not grow on the way there."""
-    assert lines(*FILES) <= 5300
+    assert lines(*FILES) <= 5200
+    assert lines(*FILES, *BESIDE) <= 5530
 
 
 def test_no_line_is_wide():
-    wide = [f"{path.relative_to(ROOT)}, line {n}: {len(line)} characters" for path in FILES
+    wide = [f"{path.relative_to(ROOT)}, line {n}: {len(line)} characters" for path in (*FILES, *BESIDE)
             for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 120]
     assert wide == []
 

@@ -6,7 +6,8 @@ import re
 import nbformat
 import pytest
 
-from flowerlib.lab import publish, reproduce, runs, store
+import publish
+from flowerlib.lab import reproduce, runs, store
 
 
 def notebook(*cells):

@@ -79,7 +79,8 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
 
 
 def _run_all(profile: str, folder: Path, overrides: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> None:
-    library = store.digest(*(path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py"))))
+    files = [*Path(__file__).parent.parent.rglob("*.py"), *FOLDER.glob("*.py")]
+    library = store.digest(*(path.read_bytes() for path in sorted(files)))
     for name in names:
         given = {"PROFILE": profile, "OUT": str(folder)} | {k: v for k, v in overrides.items() if k in names[name]}
         own = settings(profile, fit=name == FIT, **{k: v for k, v in given.items() if hasattr(Settings, k)})

@@ -30,6 +30,7 @@ if CHROMIUM is None:
 def run():
     """The smoke run, and copies of two notebooks that read it."""
     folder = reproduce.reproduce("smoke", str(SHOTS / "smoke"), {})
+    shutil.copy(reproduce.FOLDER / "explorers.py", SHOTS)
     for name in ("00_follow_the_flow.ipynb", "09_explore.ipynb"):
         notebook = nbformat.read(reproduce.FOLDER / name, as_version=4)
         for cell in notebook.cells:

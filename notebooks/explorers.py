@@ -1,4 +1,4 @@
-"""Explorers for a notebook: widgets that hand their values to the library and `plots`, and show what comes back.
+"""The explorers of notebook 09: widgets that hand their values to the library and `plots`, and show what comes back.
 
 Every figure here can be drawn without widgets as well, so that a notebook reads without a kernel.
 """
@@ -18,10 +18,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from .. import metrics, rewards
-from ..model import Catalogue, tiny_model
-from ..tree import PackedTree
-from . import fit, plots, runs, sources
+from flowerlib import metrics, rewards
+from flowerlib.lab import fit, plots, runs, sources
+from flowerlib.model import Catalogue, tiny_model
+from flowerlib.tree import PackedTree
 
 WIDE = {"layout": {"width": "34em"}, "style": {"description_width": "initial"}}
 

@@ -1,4 +1,4 @@
-"""For maintainers: puts finished notebooks into the repository: `python -m flowerlib.lab.publish [notebook …]`.
+"""For maintainers: puts finished notebooks into the repository: `python notebooks/publish.py [notebook …]`.
 
 Without names 00–04 and 09, from scratch; with names these alone, from the last such run or that of `make study`."""
 
@@ -10,8 +10,10 @@ from pathlib import Path
 
 import nbformat
 
-from . import report, runs, store
-from .reproduce import BENCH, BY_HAND, EXPLORERS, FOLDER, NOTEBOOKS, SPEED, STUDIES, NotebookError, reproduce
+from flowerlib.lab import report, runs, store
+from flowerlib.lab.reproduce import (
+    BENCH, BY_HAND, EXPLORERS, FOLDER, NOTEBOOKS, SPEED, STUDIES, NotebookError, reproduce,
+)
 
 ONE_RUN = (*NOTEBOOKS, BY_HAND, EXPLORERS)  # published together, from scratch
 RUNS, FIGURES = store.ROOT / "runs", store.ROOT / "figures"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from flowerlib.lab import explore
+import explorers
 from flowerlib.model import Catalogue, prompt_texts, tiny_model
 from flowerlib.tree import PackedTree
 from tiny_world import TITLES
@@ -21,7 +21,7 @@ def branches():
         models[name], tokenizer = tiny_model([*TITLES, *prompt_texts("movie", "sequence")], seed)
     catalogue = Catalogue.build(tokenizer, TITLES, "movie")
     counts, log_p = torch.arange(1.0, 1 + len(TITLES)), torch.zeros(len(catalogue.trie.leaves))
-    made = explore.Branches(models, tokenizer, catalogue, [0], counts, log_p)
+    made = explorers.Branches(models, tokenizer, catalogue, [0], counts, log_p)
     for name, model in models.items():
         edges = PackedTree(model, catalogue.trie, catalogue.context([0])).log_probs()
         torch.testing.assert_close(made.log_edges[name], edges)
@@ -41,7 +41,7 @@ def test_labels_are_the_titles_token_by_token(branches):
 
 def test_what_the_branch_leaves_out_stands_as_others(branches):
     figure = Figure()
-    explore.draw_branch(figure, branches, TITLES[0], 1, alpha=1, beta=1, smoothing=1, n=1)
+    explorers.draw_branch(figure, branches, TITLES[0], 1, alpha=1, beta=1, smoothing=1, n=1)
     tree, choice = figure.axes
     flows = {label: float(flow) for label, flow in boxes(tree)}
     first = branches.way(TITLES[0], 1)[1]
@@ -54,8 +54,8 @@ def test_what_the_branch_leaves_out_stands_as_others(branches):
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_what_flows_into_a_node_of_the_branch_flows_out(branches, depth, monkeypatch):
     seen = []
-    monkeypatch.setattr(explore.plots, "flow_tree", lambda *args, **more: seen.extend(args[1:4]))
-    explore.draw_branch(Figure(), branches, TITLES[1], depth, alpha=1, beta=1, smoothing=1, n=1)
+    monkeypatch.setattr(explorers.plots, "flow_tree", lambda *args, **more: seen.extend(args[1:4]))
+    explorers.draw_branch(Figure(), branches, TITLES[1], depth, alpha=1, beta=1, smoothing=1, n=1)
     parent, labels, flow = map(np.array, seen)
     assert labels[0] == "start" and flow[0] == pytest.approx(1)
     inner = sorted(set(parent[1:]))
@@ -77,7 +77,7 @@ def test_rewards_of_the_sliders_are_the_librarys(branches):
 def test_a_beginning_is_enough_and_a_wrong_one_is_said(branches):
     assert branches.way(TITLES[0][:3].upper(), 2) == branches.way(TITLES[0], 2)
     assert len(branches.way(TITLES[0], 99)) == int(branches.trie.depth[branches.trie.leaf[0]])
-    box = explore.tree(branches, TITLES[0])
+    box = explorers.tree(branches, TITLES[0])
     title = box.children[0].children[0]
     title.value = "no such title"
     assert "no title begins with" in box.children[2].value and box.children[1].layout.display == "none"
@@ -89,7 +89,7 @@ def test_a_beginning_is_enough_and_a_wrong_one_is_said(branches):
 def test_every_slider_changes_the_picture(branches, place, name):
     picky = copy.copy(branches)
     picky.log_p = torch.linspace(-3, 0, len(branches.trie.leaves))
-    box = explore.tree(picky, TITLES[0])
+    box = explorers.tree(picky, TITLES[0])
     before, slider = box.children[1].value, box.children[0].children[place]
     slider.value = slider.value + 1
     assert box.children[1].value != before, name
@@ -100,12 +100,12 @@ COUNTS = {"Heat": 6, "Heat Wave": 1, "Fargo": 3}
 
 def test_a_few_titles_are_learnt_before_ones_eyes():
     logs = []
-    explore.fit_few(COUNTS, "exact_ce", "reward", 1_500, logs.append)
+    explorers.fit_few(COUNTS, "exact_ce", "reward", 1_500, logs.append)
     assert len(logs) > 5 and [log.step.iloc[-1] for log in logs] == logs[-1].step.tolist()
     target, first, last = np.array([0.6, 0.1, 0.3]), logs[0].model.iloc[-1], logs[-1].model.iloc[-1]
     assert np.abs(last - target).max() < 0.05 < np.abs(first - target).max()
     assert last.sum() == pytest.approx(1)
-    explore.draw_fitted(figure := Figure(), COUNTS, "exact_ce", logs[-1])
+    explorers.draw_fitted(figure := Figure(), COUNTS, "exact_ce", logs[-1])
     left, right = figure.axes
     widths = [bar.get_width() for bar in left.patches]
     np.testing.assert_allclose(widths, [0.6, 0.3, 0.1, *last[[0, 2, 1]]])
@@ -113,7 +113,7 @@ def test_a_few_titles_are_learnt_before_ones_eyes():
 
 
 def test_the_button_trains_and_says_what_cannot_be():
-    box = explore.training(COUNTS)
+    box = explorers.training(COUNTS)
     loss, paths, budget, button = box.children[0].children
     picture, said = box.children[1:]
     loss.value, paths.value = "sft", "policy"
@@ -136,22 +136,22 @@ def slots():
 
 def test_popularity_by_hand(slots):
     counts = pd.Series({"a": 8, "b": 4, "c": 2, **{letter: 1 for letter in "defgh"}})
-    table = explore.draw_popularity(Figure(), slots, counts, ["SFT", "Popularity"], "beam", 2)
+    table = explorers.draw_popularity(Figure(), slots, counts, ["SFT", "Popularity"], "beam", 2)
     assert table.loc["SFT", ["hr@2", "ndcg@2", "distinct"]].tolist() == [1.0, round((1 + 1 / np.log2(3)) / 2, 3), 3]
     assert table.loc["Popularity", ["hr@2", "distinct"]].tolist() == [0.5, 1]
     gu = np.array([1, 0, 0, 0, 0, 0, 0, 0]) - counts.to_numpy() / counts.sum()  # a title a group
     assert table.loc["Popularity", ["dgu", "mgu"]].tolist() == [round(np.ptp(gu), 3), round(np.abs(gu).mean(), 3)]
-    first = explore.draw_popularity(Figure(), slots, counts, ["SFT"], "beam", 1)
+    first = explorers.draw_popularity(Figure(), slots, counts, ["SFT"], "beam", 1)
     assert first.loc["SFT", "hr@1"] == 0.5
-    own = explore.draw_popularity(Figure(), slots, counts, [], "beam", 2, {"shop": pd.Series(["d", "d", "a"])})
+    own = explorers.draw_popularity(Figure(), slots, counts, [], "beam", 2, {"shop": pd.Series(["d", "d", "a"])})
     assert own.loc["shop", "distinct"] == 2 and "hr@2" not in own
     with pytest.raises(ValueError, match="choose a method"):
-        explore.draw_popularity(Figure(), slots, counts, [], "beam", 2)
+        explorers.draw_popularity(Figure(), slots, counts, [], "beam", 2)
 
 
 def test_lists_of_ones_own_are_uploaded(slots):
     counts = pd.Series({"a": 8, "b": 4, "c": 2, **{letter: 1 for letter in "defgh"}})
-    box = explore.popularity(slots, counts)
+    box = explorers.popularity(slots, counts)
     own = box.children[0].children[3]
     file = {"name": "shop.csv", "type": "text/csv", "size": 8, "last_modified": pd.Timestamp("2026-01-01", tz="UTC")}
     own.value = ({**file, "content": memoryview(b"title\nd\na\n")},)
