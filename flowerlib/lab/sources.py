@@ -307,7 +307,7 @@ def _dataset(item: Path, items: pd.DataFrame, inter: Path, interactions: pd.Data
         items, interactions = items.drop(unknown.index), interactions[~interactions.item_id.isin(unknown)]
     items = pd.DataFrame({"item_id": items.item_id, "title": titles[items.index]}).reset_index(drop=True)
     interactions = interactions.reset_index(drop=True)
-    whole = r"0|[1-9]\d{0,17}"
+    whole = "0|[1-9][0-9]{0,17}"
     if items.item_id.str.fullmatch(whole).all():
         items["item_id"], interactions["item_id"] = items.item_id.astype(int), interactions.item_id.astype(int)
     if interactions.user_id.str.fullmatch(whole).all():
@@ -397,9 +397,9 @@ def read_recommendations(path: str | Path) -> pd.Series:
 
 def _titles(path: str | Path, cells: pd.Series, items: pd.Series | None = None) -> pd.Series:
     """The cells as clean titles. What is refused is named by its item, where there is one."""
-    which, texts = "the title" if items is None else "the title of item {}", cells.astype(object)
-    _refuse(texts.map(str).map(len) > LONGEST, path, f"{which} has more than {LONGEST:,} characters", items)
-    titles = texts.map(lambda cell: clean_title(str(cell)))
+    which = "the title" if items is None else "the title of item {}"
+    _refuse(cells.map(lambda cell: len(str(cell)) > LONGEST), path, f"{which} has over {LONGEST:,} characters", items)
+    titles = cells.map(lambda cell: clean_title(str(cell))).astype(str)
     _refuse(titles.map(is_blank), path, f"{which} is blank, give it one", items)
     return titles
 

@@ -1,0 +1,306 @@
+"""Tables that users bring: each is read right or refused in one sentence that names the file; hostile titles in trees.
+
+A table of cases; then files of random and of damaged bytes, read again by naive loops; then random catalogues.
+FLOWERLIB_HARD=1 tries more of them: 2,000 damaged tables of each format and 10,000 catalogues.
+"""
+
+import csv
+import datetime
+import decimal
+import gzip
+import io
+import json
+import math
+import os
+import re
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from flowerlib import data, metrics
+from flowerlib.lab import sources
+from flowerlib.lab.settings import settings
+from flowerlib.model import Catalogue, prompt_texts, tiny_model
+from flowerlib.tree import Beams, beam_search
+
+HARD = bool(os.environ.get("FLOWERLIB_HARD"))
+DAMAGED, RANDOM, CATALOGUES = (2000, 500, 10_000) if HARD else (50, 25, 60)
+BOM = "\ufeff"
+DEEP = "[" * 100_000 + "]" * 100_000
+HUGE = "x" * 3_000_000
+READERS = {
+    "counts": lambda folder: sources.read_counts(only(folder)),
+    "lists": lambda folder: sources.read_recommendations(only(folder)),
+    "recbole": sources.read_recbole,
+    "movielens": sources.read_movielens,
+    "amazon": lambda folder: sources.read_amazon(*(next(folder.glob(f"{name}*")) for name in ("r.", "meta_r."))),
+    "processed": sources.read_processed,
+}
+
+
+def only(folder):
+    (path,) = folder.iterdir()
+    return path
+
+
+def write(folder, files):
+    """Text as UTF-8, bytes as they are, dictionaries of columns as Parquet, None as a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        path = folder / name
+        if content is None:
+            path.mkdir()
+        elif isinstance(content, dict):
+            pq.write_table(pa.table(list(content.values()), names=list(content)), path)
+        elif isinstance(content, pa.Table):
+            pq.write_table(content, path)
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def read(reader, folder):
+    """What the reader returns, as plain lists; or its message, if it is one sentence that names a file."""
+    try:
+        result = READERS[reader](folder)
+    except (ValueError, FileNotFoundError) as error:
+        assert type(error) in (ValueError, FileNotFoundError), repr(error)  # no UnicodeDecodeError, no JSONDecodeError
+        message = str(error)
+        assert message.startswith(str(folder)), message
+        assert len(message) < len(str(folder)) + 400 and "\n" not in message, message
+        return message.removeprefix(str(folder)).removeprefix("/")
+    if reader == "counts":
+        assert (result.diff().dropna() <= 0).all()
+        return result.to_dict()
+    if reader == "lists":
+        return result.tolist()
+    if reader == "processed":
+        columns = [result.items.item_id.tolist(), result.items.title.tolist()]
+        for part in data.PARTS:
+            rows = getattr(result, part)
+            columns += [[list(history) for history in rows.history], rows.target.tolist()]
+            columns += [rows.user_id.tolist()] if "user_id" in rows else []
+        return columns
+    items, interactions = result
+    return list(zip(items.item_id, items.title)), list(map(tuple, interactions.to_numpy().tolist()))
+
+
+# --- cases ---
+
+INTER, ITEM = "user_id:token\titem_id:token\ttimestamp:float\n", "item_id:token\ttitle:token_seq\n"
+RECBOLE = {"a.item": ITEM + "10\tToy\n20\tHeat\n", "a.inter": INTER + "1\t10\t5\n2\t20\t6\n"}
+READ = [(10, "Toy"), (20, "Heat")], [(1, 10, 5), (2, 20, 6)]
+CSVS = {"movies.csv": "movieId,title,genres\n10,Toy,x\n20,Heat,x\n",
+        "ratings.csv": "userId,movieId,rating,timestamp\n1,10,3,5\n2,20,3,6\n"}
+U_ITEM = "".join(f"{i}|{title}|{'|'.join('0' * 22)}\n" for i, title in ((10, "Toy"), (20, "Café")))
+REVIEW = '{"reviewerID": "u", "asin": "A", "unixReviewTime": 5}\n'
+AMAZON = {"r.json": REVIEW, "meta_r.json": '{"asin": "A", "title": "Toy"}\n'}
+BOUGHT = [("A", "Toy")], [("u", "A", 5)]
+PART = {"history": [[10], [10, 20]], "target": [20, 30], "user_id": [1, 2]}
+PROCESSED = {"items.parquet": {"item_id": [10, 20, 30], "title": ["a", "b", "b"]}} | {
+    f"{part}.parquet": PART for part in data.PARTS}
+TITLES = ["Heat", "Fargo"]
+COUNTS = {"Fargo": 4.0, "Heat": 3.0}
+DAY = datetime.datetime(2020, 1, 1)
+NO_HEADER = "names no column, begin with a line such as title,count"
+
+
+def counted(**columns):
+    return {"c.parquet": {"title": TITLES, "count": [3, 4]} | columns}
+
+
+def changed(files, **changes):
+    return files | {name.replace("__", "."): content for name, content in changes.items()}
+
+
+CASES = {
+    # CSV
+    "unquoted commas": ("counts", {"c.csv": "title,count\nA, x,30\nA, y,20\n"},
+                        "c.csv, line 2: 3 fields instead of 2, write one for each column and end every quote, quote a"),
+    "unquoted commas in lists": ("lists", {"c.csv": "user,title\n1,A, x\n1,A, y\n"}, "c.csv, line 2: 3 fields"),
+    "unquoted commas in movies": ("movielens", changed(CSVS, movies__csv="movieId,title,genres\n10,A, x,y\n"),
+                                  "movies.csv, line 2: 4 fields instead of 3"),
+    "no header": ("counts", {"c.csv": "Heat,1000\nFargo,100\nAlien,10\n"}, f"c.csv, line 1: '1000' {NO_HEADER}"),
+    "no header, a number of digits": ("counts", {"c.csv": "Heat,1e3\nFargo,100\nAlien,10\n"}, "line 1: '1e3' names no"),
+    "no header, ids": ("counts", {"c.csv": "7,3\n8,4\n9,5\n"}, "line 1: '7' names no column"),
+    "no header, lists": ("lists", {"c.csv": "Heat\nFargo\nHeat\n"}, f"c.csv, line 1: 'Heat' {NO_HEADER}"),
+    "no header, lists of ids": ("lists", {"c.csv": "17\n18\n"}, "c.csv, line 1: '17' names no column"),
+    "no header, users and titles": ("lists", {"c.csv": "1,Heat\n2,Fargo\n"}, "c.csv, line 1: '1' names no column"),
+    "no header, movies": ("movielens", changed(CSVS, movies__csv="10,Toy,x\n20,Heat,x\n"),
+                          "movies.csv has no column movieId: it has 10, Toy, x, in line 1"),
+    "no header, ratings": ("movielens", changed(CSVS, ratings__csv="1,10,3,5\n2,10,3,5\n"), "ratings.csv has no column userId"),
+    "no header, RecBole": ("recbole", changed(RECBOLE, a__item="10\tToy\n20\tHeat\n"), "a.item has no column item_id"),
+    "a number names another column": ("lists", {"c.csv": "title,1\nHeat,2\n"}, ["Heat"]),
+    "semicolons": ("counts", {"c.csv": "title;count\nHeat;3\nFargo;4\n"}, "line 1: 'title;count' names no column"),
+    "semicolons in lists": ("lists", {"c.csv": "title;rank\nHeat;1\n"}, "line 1: 'title;rank' names no column"),
+    "tabs": ("counts", {"c.csv": "title\tcount\nHeat\t3\n"}, "line 1: 'title\\tcount' names no column"),
+    "BOM": ("counts", {"c.csv": BOM + "title,count\nHeat,3\nFargo,4\n"}, COUNTS),
+    "BOM, quoted": ("counts", {"c.csv": BOM + '"title",count\nHeat,3\nFargo,4\n'}, COUNTS),
+    "zeros": ("counts", {"c.csv": "item_id,count\n007,3\n7,4\n"}, {"7": 4.0, "007": 3.0}),
+    "zeros in lists": ("lists", {"c.csv": "item_id\n007\n7\n"}, ["007", "7"]),
+    "zeros in RecBole": ("recbole", {"a.item": ITEM + "7\tToy\n007\tHeat\n", "a.inter": INTER + "01\t007\t5\n1\t7\t6\n"},
+                         ([("7", "Toy"), ("007", "Heat")], [("01", "007", 5), ("1", "7", 6)])),
+    "other digits": ("recbole", {"a.item": ITEM + "13\tToy\n1٣\tHeat\n", "a.inter": INTER + "1\t13\t5\n1\t1٣\t6\n"},
+                     ([("13", "Toy"), ("1٣", "Heat")], [(1, "13", 5), (1, "1٣", 6)])),
+    "count before title": ("counts", {"c.csv": "count,item_id\n3,70\n4,80\n"}, {"80": 4.0, "70": 3.0}),
+    "number before title": ("counts", {"c.csv": "n,title\n3,1984\n4,300\n"}, {"300": 4.0, "1984": 3.0}),
+    "equal titles add up": ("counts", {"c.csv": "title,count\nHeat,1\nHeat ,2\nFargo,4\n"}, COUNTS),
+    "two columns of one name": ("counts", {"c.csv": "title,count,count\nHeat,3,3\n"}, "c.csv has two columns count, ren"),
+    "two columns title": ("lists", {"c.csv": "title,title\nHeat,x\n"}, "c.csv has two columns title, rename one"),
+    "columns without names": ("counts", {"c.csv": ",\nHeat,3\n"}, "c.csv has two columns , rename one"),
+    "two release years": ("recbole", changed(RECBOLE, a__item="item_id\tmovie_title\trelease_year\trelease_year\n"
+                                             "10\tToy\t1\t2\n20\tHeat\t1\t2\n"), "a.item has two columns release_year"),
+    "truth values": ("counts", {"c.csv": "title,count\nHeat,True\n"}, "line 2: the count 'True' is no positive number"),
+    "dates": ("counts", {"c.csv": "title,count\nHeat,2020-01-01\n"}, "line 2: the count '2020-01-01' is no positive"),
+    "infinite sums": ("counts", {"c.csv": "title,count\nHeat,1e308\nHeat,1e308\nFargo,1\n"}, "line 2: the count '1e308'"),
+    "NaN": ("counts", {"c.csv": "title,count\nHeat,nan\nFargo,1\n"}, "c.csv, line 2: the count 'nan' is no positive"),
+    "invisible": ("counts", {"c.csv": "title,count\nHeat,1\n\u200b\u2060,3\n"}, "line 3: the title is blank, give it one"),
+    "huge title": ("counts", {"c.csv": f"title,count\nHeat,1\n{HUGE},3\n"}, "line 3: the title has over 10,000 ch"),
+    "huge header": ("counts", {"c.csv": HUGE + ",a,b\nHeat,1,2\n"}, "c.csv needs the columns title and count, and has xx"),
+    "huge title in RecBole": ("recbole", changed(RECBOLE, a__item=ITEM + f"10\tToy\n20\t{HUGE}\n"),
+                              "a.item, line 3: the title of item '20' has over 10,000 characters"),
+    "NUL": ("counts", {"c.csv": "title,count\nHeat,3\nFar\0go,4\n"}, "c.csv, line 3: not UTF-8, save the file as UTF-8"),
+    "Latin-1": ("counts", {"c.csv": "title,count\nHeat,3\nCafé,4\n".encode("latin-1")}, "c.csv, line 3: not UTF-8, save"),
+    "UTF-16": ("counts", {"c.csv": "title,count\nHeat,3\n".encode("utf-16")}, "c.csv, line 1: not UTF-8"),
+    "UTF-16 without BOM": ("counts", {"c.csv": "title,count\nHeat,3\n".encode("utf-16-le")}, "c.csv, line 1: not UTF-8"),
+    "line ends": ("counts", {"c.csv": "title,count\r\nHeat,3\rFargo,1\nFargo,3\r\n\r\n"}, COUNTS),
+    "a quote without end": ("counts", {"c.csv": 'title,count\nHeat,3\n"Fargo,4\n'}, "c.csv, line 3: 1 fields instead of 2"),
+    "empty": ("counts", {"c.csv": ""}, "c.csv has no rows"),
+    "empty lines": ("lists", {"c.csv": "\n\n\n"}, "c.csv has no rows"),
+    "a folder": ("counts", {"c.csv": None}, "c.csv is a folder, not a file: put it there"),
+    "Parquet as CSV": ("counts", {"c.csv": b"PAR1\x15\0\xff"}, "c.csv, line 1: not UTF-8"),
+    "braces": ("lists", {"c.csv": "{x}\nHeat\n \n"}, "c.csv, line 3: the title is blank"),
+    "too few titles": ("counts", {"c.csv": "title,count\nHeat,3\n"}, "c.csv has 1 title: a distribution needs two"),
+    # RecBole, MovieLens
+    "BOM in RecBole": ("recbole", {name: BOM + text for name, text in RECBOLE.items()}, READ),
+    "BOM in MovieLens": ("movielens", {name: BOM + text for name, text in CSVS.items()}, READ),
+    "BOM without header": ("movielens", {"u.item": BOM + U_ITEM, "u.data": BOM + "1\t10\t3\t5\n2\t20\t3\t6\n"},
+                           ([(10, "Toy"), (20, "Café")], READ[1])),
+    "Latin-1 MovieLens": ("movielens", {"u.item": U_ITEM.encode("latin-1"), "u.data": "1\t10\t3\t5\n2\t20\t3\t6\n"},
+                          ([(10, "Toy"), (20, "Café")], READ[1])),
+    "line ends in RecBole": ("recbole", {name: text.replace("\n", "\r", 1) for name, text in RECBOLE.items()}, READ),
+    "times of 10^30": ("recbole", changed(RECBOLE, a__inter=INTER + "1\t10\t5\n2\t20\t1" + "0" * 30 + "\n"),
+                       "a.inter, line 3: timestamp '100000000000...0000000000000' is no number of seconds"),
+    "a year alone": ("movielens", changed(CSVS, movies__csv="movieId,title,genres\n10,\u200b (1999),x\n20,Heat (1995),x\n"),
+                     ([(10, "\u200b (1999)"), (20, "Heat")], READ[1])),
+    "a folder as RecBole": ("recbole", changed(RECBOLE, a__item=None), "a.item is a folder, not a file"),
+    "a blank id": ("recbole", changed(RECBOLE, a__inter=INTER + "1\t10\t5\n \t20\t6\n"), "a.inter, line 3: the user_id is"),
+    # Amazon
+    "Amazon": ("amazon", AMAZON, BOUGHT),
+    "Amazon, BOM": ("amazon", {name: BOM + text for name, text in AMAZON.items()}, BOUGHT),
+    "Amazon, Latin-1": ("amazon", changed(AMAZON, meta_r__json='{"asin": "A", "title": "Toy"}\n'.encode() * 500
+                                          + '{"asin": "B", "title": "Café"}\n'.encode("latin-1")),
+                        "meta_r.json, line 501: not UTF-8, save the file as UTF-8"),
+    "Amazon, Latin-1, gzipped": ("amazon", {"r.json.gz": gzip.compress(REVIEW.replace("u", "é").encode("latin-1"))}
+                                 | {"meta_r.json": ""}, "r.json.gz, line 1: not UTF-8"),
+    "Amazon, deep": ("amazon", changed(AMAZON, r__json=REVIEW + DEEP), "r.json, line 2: not a JSON object with review"),
+    "Amazon, deep title": ("amazon", changed(AMAZON, meta_r__json='{"asin": "A", "title": ' + DEEP + "}"),
+                           "meta_r.json, line 1: not a JSON object with asin"),
+    "Amazon, times of 10^30": ("amazon", changed(AMAZON, r__json=REVIEW + REVIEW.replace("5", "1" + "0" * 30)),
+                               "r.json, line 2: not a JSON object with reviewerID (str), asin (str), unixReviewTime (int)"),
+    "Amazon, blank user": ("amazon", changed(AMAZON, r__json=REVIEW.replace('"u"', '" "')), "r.json, line 1: not a JSON"),
+    "Amazon, half a character": ("amazon", changed(AMAZON, r__json=REVIEW.replace('"u"', '"\\ud800"')), "r.json, line 1: "),
+    "Amazon, empty": ("amazon", changed(AMAZON, r__json=""), "r.json has no rows"),
+    "Amazon, no gzip": ("amazon", {"r.json.gz": REVIEW, "meta_r.json": ""}, "r.json.gz is damaged after line 0: download"),
+    "Amazon, cut off": ("amazon", {"r.json.gz": gzip.compress(REVIEW.encode() * 9)[:-9], "meta_r.json": ""},
+                        "r.json.gz is damaged after line "),
+    "Amazon, a folder": ("amazon", changed(AMAZON, r__json=None), "r.json is a folder, not a file"),
+    "Amazon, a huge title": ("amazon", changed(AMAZON, meta_r__json=json.dumps({"asin": "A", "title": HUGE})),
+                             ([], [])),
+    # JSON
+    "JSON": ("counts", {"c.json": '{"Heat": 3, "Fargo": "4"}'}, COUNTS),
+    "JSON, BOM": ("counts", {"c.json": BOM + '[{"title": "Heat", "count": 3}, {"count": 4, "title": "Fargo"}]'}, COUNTS),
+    "JSON, one name twice": ("counts", {"c.json": '{"Heat": 1, "Heat": 2, "Fargo": 4}'}, COUNTS),
+    "JSON, a list": ("lists", {"c.json": '["Heat", "Fargo", 7, "007"]'}, ["Heat", "Fargo", "7", "007"]),
+    "JSON, pairs": ("counts", {"c.json": '[["Heat", 3], ["Fargo", 4]]'}, COUNTS),
+    "JSON, deep": ("counts", {"c.json": DEEP}, "c.json is damaged, write it anew as a JSON list of records"),
+    "JSON, deep objects": ("lists", {"c.json": '{"a":' * 100_000 + "1" + "}" * 100_000}, "c.json is damaged"),
+    "JSON, cut off": ("counts", {"c.json": '[{"title": "Heat",\n"count": 3}'}, "c.json, line 2 is damaged, write it anew"),
+    "JSON lines": ("counts", {"c.json": '{"Heat": 1}\n{"Fargo": 1}\n'}, "c.json, line 2 is damaged"),
+    "JSON, text": ("lists", {"c.json": '"Heat"'}, "c.json is damaged"),
+    "JSON, nothing": ("counts", {"c.json": "null"}, "c.json needs the columns title and count, and has none"),
+    "JSON, empty": ("counts", {"c.json": ""}, "c.json, line 1 is damaged"),
+    "JSON, truth values": ("counts", {"c.json": '{"Heat": 2, "Fargo": true}'}, "row 1: the count True is no positive"),
+    "JSON, a title of truth": ("lists", {"c.json": '[{"title": true}]'}, "row 0: the title True is neither text nor a who"),
+    "JSON, a broken number": ("lists", {"c.json": '[{"item_id": 7.5}]'}, "row 0: the title 7.5 is neither text nor a who"),
+    "JSON, no title": ("lists", {"c.json": '[{"title": "Heat"}, {"title": null}]'}, "row 1: the title is missing"),
+    "JSON, a list as title": ("counts", {"c.json": '[{"title": ["Heat"], "count": 1}]'}, "row 0: the title ['Heat'] is nei"),
+    "JSON, long numbers": ("counts", {"c.json": '{"Heat": 1' + "0" * 400 + "}"}, "c.json, row 0: the count 1000"),
+    "JSON, longer numbers": ("counts", {"c.json": '{"Heat": 1' + "0" * 5000 + "}"}, "c.json is damaged"),
+    "JSON, Latin-1": ("counts", {"c.json": '{"Heat": 1,\n"Café": 1}'.encode("latin-1")}, "c.json, line 2: not UTF-8"),
+    "JSON, half a character": ("counts", {"c.json": '{"\\ud800": 1, "Heat": 1}'}, "c.json, row 0: the title is blank"),
+    "JSON, a folder": ("lists", {"c.json": None}, "c.json is a folder"),
+    # Parquet
+    "Parquet": ("counts", counted(), COUNTS),
+    "dates as counts": ("counts", counted(count=[DAY] * 2), "c.parquet, row 0: the count Timestamp("),
+    "durations as counts": ("counts", counted(count=[datetime.timedelta(1)] * 2), "c.parquet, row 0: the count Timedelta("),
+    "truth as counts": ("counts", counted(count=[True, True]), "c.parquet, row 0: the count True is no positive number"),
+    "bytes as counts": ("counts", counted(count=[b"3", b"4"]), "c.parquet, row 0: the count b'3' is no positive number"),
+    "lists as counts": ("counts", counted(count=[[3], [4]]), "c.parquet, row 0: the count [3] is no positive number"),
+    "structs as counts": ("counts", counted(count=[{"a": 1}] * 2), "c.parquet, row 0: the count {'a': 1} is no positive"),
+    "decimals": ("counts", counted(count=[decimal.Decimal("3"), decimal.Decimal("4")]), COUNTS),
+    "categories": ("counts", counted(title=pa.array(TITLES).dictionary_encode()), COUNTS),
+    "a missing count": ("counts", counted(count=[3, None]), "c.parquet, row 1: the count nan is no positive number"),
+    "a missing title": ("counts", counted(title=["Heat", None]), "c.parquet, row 1: the title is missing"),
+    "dates as titles": ("lists", counted(title=[DAY] * 2), "c.parquet, row 0: the title Timestamp("),
+    "broken numbers as titles": ("lists", counted(title=[7.0, 8.5]), "c.parquet, row 0: the title 7.0 is neither text"),
+    "lists as titles": ("lists", counted(title=[["a"], ["b"]]), "c.parquet, row 0: the title ['a'] is neither text"),
+    "bytes as titles": ("lists", counted(title=[b"Heat", b"\xff"]), "c.parquet, row 0: the title b'Heat' is neither"),
+    "text that is no UTF-8": ("lists", counted(title=pa.StringArray.from_buffers(
+        2, pa.py_buffer(np.int32([0, 1, 2])), pa.py_buffer(b"\xffa"))), "c.parquet is damaged, write it anew"),
+    "Parquet with two titles": ("counts", {"c.parquet": pa.table([TITLES, TITLES, [1, 2]], ["title", "title", "count"])},
+                                "c.parquet has two columns title, rename one"),
+    "text as Parquet": ("counts", {"c.parquet": "title,count\nHeat,3\n"}, "c.parquet is damaged, write it anew as a Parq"),
+    "empty Parquet": ("counts", {"c.parquet": b""}, "c.parquet is damaged"),
+    "no rows": ("lists", {"c.parquet": {"title": pa.array([], pa.string())}}, "c.parquet needs rows and a column title"),
+    "a Parquet folder": ("counts", {"c.parquet": None}, "c.parquet is a folder"),
+    # processed tables
+    "processed": ("processed", PROCESSED, [[10, 20, 30], ["a", "b", "b"]] + [PART["history"], [20, 30], [1, 2]] * 3),
+    "ids that are lists": ("processed", changed(PROCESSED, items__parquet={"item_id": [[1], [2]], "title": TITLES}),
+                           "items.parquet, row 0: the item_id [1] is neither text nor a whole number"),
+    "ids that are no whole numbers": ("processed", changed(PROCESSED, items__parquet={"item_id": [1.5], "title": ["a"]}),
+                                      "items.parquet, row 0: the item_id 1.5 is neither"),
+    "titles that are structs": ("processed", changed(PROCESSED, items__parquet={"item_id": [1], "title": [{"a": 1}]}),
+                                "items.parquet, row 0: the title {'a': 1} is neither"),
+    "histories of structs": ("processed", changed(PROCESSED, train__parquet=PART | {"history": [{"a": 1}] * 2}),
+                             "train.parquet: history is no list of item ids but struct<"),
+    "histories of lists": ("processed", changed(PROCESSED, train__parquet=PART | {"history": [[[10]], [[20]]]}),
+                           "train.parquet: history is no list of item ids but list<"),
+    "histories of truth": ("processed", changed(PROCESSED, train__parquet=PART | {"history": [[True], [True]]}),
+                           "train.parquet: history is no list of item ids but list<"),
+    "a missing id in a history": ("processed", changed(PROCESSED, test__parquet=PART | {"history": [[10], [None]]}),
+                                  "test.parquet, row 1: item nan of the history is not in items.parquet"),
+    "a list as target": ("processed", changed(PROCESSED, test__parquet=PART | {"target": [[20], [30]]}),
+                         "test.parquet, row 0: the target [20] is neither text nor a whole number"),
+    "a missing user": ("processed", changed(PROCESSED, valid__parquet=PART | {"user_id": [1, None]}),
+                       "valid.parquet, row 1: the target or the user_id is missing"),
+    "users that are lists": ("processed", changed(PROCESSED, valid__parquet=PART | {"user_id": [[1], [2]]}),
+                             "valid.parquet, row 0: the user_id [1] is neither"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_table_is_read_right_or_refused_in_a_sentence(tmp_path, case):
+    reader, files, expected = CASES[case]
+    got = read(reader, write(tmp_path / "own", files))
+    if isinstance(expected, str):
+        assert isinstance(got, str), got
+        assert got.startswith(expected) or f": {expected}" in got or expected in got, got
+    else:
+        assert got == expected
+
+
+def test_eight_groups_need_eight_titles_and_the_message_says_so():
+    with pytest.raises(ValueError, match="8 popularity groups need as many titles with interactions, not 5: bring more"):
+        metrics.popularity_groups([5, 4, 3, 2, 1, 0])
