@@ -397,7 +397,7 @@ def read_recommendations(path: str | Path) -> pd.Series:
 
 def _titles(path: str | Path, cells: pd.Series, items: pd.Series | None = None) -> pd.Series:
     """The cells as clean titles. What is refused is named by its item, where there is one."""
-    which = "the title" if items is None else "the title of item {}"
+    which, cells = "the title" if items is None else "the title of item {}", cells.astype(object)
     _refuse(cells.map(lambda cell: len(str(cell)) > LONGEST), path, f"{which} has over {LONGEST:,} characters", items)
     titles = cells.map(lambda cell: clean_title(str(cell))).astype(str)
     _refuse(titles.map(is_blank), path, f"{which} is blank, give it one", items)

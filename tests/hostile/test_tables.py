@@ -304,3 +304,412 @@ def test_a_table_is_read_right_or_refused_in_a_sentence(tmp_path, case):
 def test_eight_groups_need_eight_titles_and_the_message_says_so():
     with pytest.raises(ValueError, match="8 popularity groups need as many titles with interactions, not 5: bring more"):
         metrics.popularity_groups([5, 4, 3, 2, 1, 0])
+
+
+# --- naive readings, by loops over cells; they see what the readers accept ---
+
+
+def naive_text(path):
+    raw = path.read_bytes()
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    return text.removeprefix(BOM).replace("\r\n", "\n").replace("\r", "\n").rstrip("\n") + "\n"
+
+
+def naive_rows(path, sep, columns=None):
+    """Rows as dictionaries, from a loop over characters; quotes count in CSV alone, at the beginning of a cell."""
+    rows, row, cell, quoted, fresh = [], [], "", False, True
+    text = naive_text(path).replace(sep, "\t") if len(sep) > 1 else naive_text(path)
+    sep, at = "\t" if len(sep) > 1 else sep, 0
+    while at < len(text):
+        c = text[at]
+        if quoted and c == '"':
+            if text[at + 1] == '"':
+                cell, at = cell + '"', at + 1
+            else:
+                quoted = False
+        elif quoted:
+            cell += c
+        elif c == '"' and fresh and sep == ",":
+            quoted, fresh = True, False
+        elif c in (sep, "\n"):
+            row, cell, fresh = [*row, cell], "", True
+            if c == "\n":
+                rows, row = [*rows, row], []
+        else:
+            cell, fresh = cell + c, False
+        at += 1
+    assert not quoted and not row
+    head = columns or [name.strip().replace("\n", " ").split(":")[0] for name in rows.pop(0)]
+    assert {len(row) for row in rows} == {len(head)}
+    return [list(zip(head, row)) for row in rows]
+
+
+def the_cell(row, name):
+    (cell,) = [cell for key, cell in row if key == name]
+    return cell
+
+
+def plain(cell):
+    assert type(cell) in (int, str), cell
+    return cell
+
+
+def naive_any(path):
+    """Rows as lists of (name, cell)."""
+    if path.suffix == ".csv":
+        return naive_rows(path, ",")
+    if path.suffix == ".parquet":
+        table = pq.ParquetFile(path).read()
+        columns = [column.to_pylist() for column in table.columns]
+        return [list(zip(table.column_names, row)) for row in zip(*columns)]
+    content = json.loads(naive_text(path), object_pairs_hook=tuple)
+    if type(content) is tuple:
+        return [list(enumerate(pair)) for pair in content]
+    named = [list(dict(row).items()) if type(row) is tuple else list(enumerate(row)) if type(row) is list else [(0, row)]
+             for row in content]
+    return named
+
+
+def naive_counts(folder):
+    counts = Counter()
+    for row in naive_any(only(folder)):
+        names = [name for name, _ in row]
+        if not {"title", "count"} <= set(names):
+            assert len(names) == 2
+            first = names[1] in ("title", "item_id") and names[0] not in ("title", "item_id") or names[0] == "count"
+            row = [("title", row[first][1]), ("count", row[1 - first][1])]
+        number = the_cell(row, "count")
+        assert type(number) in (int, float, str, decimal.Decimal) and 0 < float(number) < 1e15
+        counts[data.clean_title(str(plain(the_cell(row, "title"))))] += float(number)
+    assert len(counts) > 1 and not any(map(data.is_blank, counts))
+    return dict(counts)
+
+
+def naive_lists(folder):
+    titles = []
+    for row in naive_any(only(folder)):
+        names = [name for name, _ in row]
+        name = next((name for name in ("title", "item_id") if name in names), names[0] if len(names) == 1 else None)
+        titles.append(data.clean_title(str(plain(the_cell(row, name)))))
+    assert not any(map(data.is_blank, titles))
+    return titles
+
+
+def naive_film(title, year=""):
+    """The title without its year, article in front, and the year."""
+    found = re.fullmatch(r"(.+?)\s*\((\d\d\d\d)(?:[-–]\d{0,4})?\)(?:\s*\((?:V|TV)\))?", title)
+    if found and not data.is_blank(found[1]):
+        title = found[1]
+    for article in ("The", "An", "A"):
+        if title.endswith(f", {article}") and len(title) > len(article) + 2:
+            title = f"{article} {title.removesuffix(f', {article}')}"
+            break
+    return title, year if re.fullmatch("[0-9]{4}", year) else found and found[2]
+
+
+def naive_dataset(items, interactions, films):
+    """items: (id, title, year), interactions: (user, item, time), as text."""
+    ids = [item for item, _, _ in items]
+    assert len(set(ids)) == len(ids)
+    titles = {item: data.clean_title(title) for item, title, _ in items}
+    assert not any(map(data.is_blank, titles.values()))
+    unknown = [item for item in ids if films and titles[item].casefold() in ("unknown", "unkonwn")]
+    if films:
+        made = {item: naive_film(titles[item], year) for item, _, year in items}
+        years = {}
+        for title, year in made.values():
+            years.setdefault(title, set()).update([year] if year else [])
+        titles = {item: f"{title} ({year})" if year and len(years[title]) > 1 else title
+                  for item, (title, year) in made.items()}
+    assert all(item in titles and user.strip() and item.strip() for user, item, _ in interactions)
+    kept = [item for item in ids if item not in unknown]
+    log = [(user, item, int(float(time))) for user, item, time in interactions if item not in unknown]
+    number = re.compile("0|[1-9][0-9]{0,17}")
+    if all(map(number.fullmatch, kept)):
+        kept, log = list(map(int, kept)), [(user, int(item), time) for user, item, time in log]
+        titles = {int(item): title for item, title in titles.items() if item not in unknown}
+    if all(number.fullmatch(user) for user, _, _ in log):
+        log = [(int(user), item, time) for user, item, time in log]
+    return [(item, titles[item]) for item in kept], log
+
+
+def naive_recbole(folder):
+    (item,), (inter,) = folder.glob("*.item"), folder.glob("*.inter")
+    rows = naive_rows(item, "\t")
+    names = [name for name, _ in rows[0]]
+    title = next(name for name in ("movie_title", "title", "item_title", "name") if name in names)
+    films = title == "movie_title"
+    year = "release_year" if films and "release_year" in names else None
+    items = [(the_cell(row, "item_id"), the_cell(row, title), the_cell(row, year) if year else "") for row in rows]
+    return naive_dataset(items, [tuple(the_cell(row, name) for name in sources.INTERACTION)
+                                 for row in naive_rows(inter, "\t")], films)
+
+
+def naive_movielens(folder):
+    seps = {"u.data": ("\t", "u.item", "|"), "ratings.dat": ("::", "movies.dat", "::"), "ratings.csv": (",", "movies.csv", ",")}
+    ratings = next(name for name in seps if (folder / name).exists())
+    sep, films, film_sep = seps[ratings]
+    columns, film_columns = (None, None) if sep == "," else (
+        ["userId", "movieId", "rating", "timestamp"],
+        ["movieId", "title", *map(str, range(22))] if film_sep == "|" else ["movieId", "title", "genres"])
+    items = [(the_cell(row, "movieId"), the_cell(row, "title"), "")
+             for row in naive_rows(folder / films, film_sep, film_columns)]
+    return naive_dataset(items, [tuple(the_cell(row, name) for name in ("userId", "movieId", "timestamp"))
+                                 for row in naive_rows(folder / ratings, sep, columns)], True)
+
+
+def naive_json_lines(folder, name):
+    path = next(path for path in folder.iterdir() if path.name.startswith(name))
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    text = raw.decode().removeprefix(BOM).replace("\r\n", "\n").replace("\r", "\n")
+    return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
+
+
+def naive_amazon(folder):
+    log = [(row["reviewerID"], row["asin"], row["unixReviewTime"]) for row in naive_json_lines(folder, "r.")]
+    assert all(type(user) is type(item) is str and user.strip() and item.strip() and type(when) is int
+               for user, item, when in log)
+    reviewed, titles = {item for _, item, _ in log}, {}
+    for row in naive_json_lines(folder, "meta_r."):
+        title = row.get("title")
+        title = data.clean_title(title) if type(title) is str and len(title) <= sources.LONGEST else ""
+        if row["asin"] in reviewed and not data.is_blank(title):
+            titles.setdefault(row["asin"], title)
+    return list(titles.items()), [row for row in log if row[1] in titles]
+
+
+def naive_processed(folder):
+    rows = naive_any(folder / "items.parquet")
+    ids, titles = ([plain(the_cell(row, name)) for row in rows] for name in ("item_id", "title"))
+    assert len(set(ids)) == len(ids) and not any(data.is_blank(str(title)) for title in titles)
+    columns = [ids, list(map(str, titles))]
+    for part in data.PARTS:
+        rows = naive_any(folder / f"{part}.parquet")
+        histories, targets = ([the_cell(row, name) for row in rows] for name in ("history", "target"))
+        assert all(histories) and {plain(item) for history in histories for item in history} <= set(ids)
+        assert {plain(target) for target in targets} <= set(ids)
+        columns += [histories, targets]
+        if rows and "user_id" in dict(rows[0]):
+            columns.append([plain(the_cell(row, "user_id")) for row in rows])
+    return columns
+
+
+NAIVE = {"counts": naive_counts, "lists": naive_lists, "recbole": naive_recbole, "movielens": naive_movielens,
+         "amazon": naive_amazon, "processed": naive_processed}
+TALLY = Counter()
+
+
+def right_or_refused(reader, files):
+    """Whether the files are read; then a naive reading agrees. `read` has looked at what is said otherwise."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = write(Path(folder) / "own", files)
+        got = read(reader, folder)
+        TALLY[reader, "refused" if isinstance(got, str) else "read"] += 1
+        if isinstance(got, str):
+            return False
+        expected = NAIVE[reader](folder)
+        if reader == "counts":
+            assert got == pytest.approx(expected, rel=1e-12) and set(got) == set(expected)
+        else:
+            assert list(map(list, got)) == list(map(list, expected)) if reader in ("recbole", "movielens", "amazon") \
+                else got == expected
+        return True
+
+
+def said(capsys, what):
+    with capsys.disabled():
+        if HARD:
+            print(f"\n{what}: " + ", ".join(f"{' '.join(key)} {n:,}" for key, n in sorted(TALLY.items())))
+    TALLY.clear()
+
+
+def tried(n):
+    return hypothesis_settings(max_examples=n, deadline=None, derandomize=True, database=None,
+                               suppress_health_check=list(HealthCheck))
+
+
+# --- good files of every format, damaged ---
+
+FILMS = ["Toy Story (1995)", "Matrix, The (1999)", "Heat (1995)", "Heat (1972)", "unknown", "Ünï 🌻 (2001)", "A, B", "x"]
+
+
+def good_files():
+    rows = [(user, item, 100 * user + item) for user in range(1, 4) for item in range(8) if (user + item) % 2]
+    dat = "".join(f"{u}::{i}::3::{t}\n" for u, i, t in rows)
+    quoted = io.StringIO()
+    csv.writer(quoted).writerows([["title", "count"], *([title, n + 1] for n, title in enumerate(FILMS))])
+    listed = io.StringIO()
+    csv.writer(listed).writerows([["user", "title"], *([n, title] for n, title in enumerate(FILMS * 2))])
+    movies = io.StringIO()
+    csv.writer(movies).writerows([["movieId", "title", "genres"], *([i, title, "x|y"] for i, title in enumerate(FILMS))])
+    reviews = "".join(json.dumps({"reviewerID": f"u{u}", "asin": f"A{i}", "unixReviewTime": t}) + "\n" for u, i, t in rows)
+    meta = "".join(json.dumps({"asin": f"A{i}", "title": title}, ensure_ascii=False) + "\n" for i, title in enumerate(FILMS))
+    part = {"history": [[1], [1, 2], [3, 1, 2]], "target": [2, 3, 4], "user_id": [7, 7, 8], "timestamp": [1, 2, 3]}
+    items = {"item_id": list(range(8)), "title": FILMS}
+    item = "".join(f"{i}\t{title}\t{1990 + i}\n" for i, title in enumerate(FILMS))
+    inter = INTER + "".join(f"{u}\t{i}\t{t}.0\n" for u, i, t in rows)
+    film = "|".join("0" * 22)
+    good = {
+        "counts.csv": ("counts", {"c.csv": quoted.getvalue()}),
+        "counts.json": ("counts", {"c.json": json.dumps({t: n + 1 for n, t in enumerate(FILMS)}, ensure_ascii=False)}),
+        "counts of records": ("counts", {"c.json": json.dumps([{"title": t, "count": n + 1} for n, t in enumerate(FILMS)])}),
+        "counts.parquet": ("counts", {"c.parquet": {"title": FILMS, "count": list(range(1, 9))}}),
+        "lists.csv": ("lists", {"c.csv": listed.getvalue()}),
+        "lists.json": ("lists", {"c.json": json.dumps(FILMS)}),
+        "lists.parquet": ("lists", {"c.parquet": {"item_id": list(range(8)), "rank": [1] * 8}}),
+        "RecBole, films": ("recbole", {"a.item": "item_id\tmovie_title\trelease_year\n" + item, "a.inter": inter}),
+        "RecBole": ("recbole", {"a.item": "item_id:token\ttitle:token_seq\tx:float\n" + item, "a.inter": inter}),
+        "MovieLens-100K": ("movielens", {
+            "u.item": "".join(f"{i}|{title}|{film}\n" for i, title in enumerate(FILMS)), "u.data": dat.replace("::", "\t")}),
+        "MovieLens-1M": ("movielens", {"movies.dat": "".join(f"{i}::{t}::x\n" for i, t in enumerate(FILMS)), "ratings.dat": dat}),
+        "MovieLens, CSV": ("movielens", {
+            "movies.csv": movies.getvalue(), "ratings.csv": "userId,movieId,rating,timestamp\n" + dat.replace("::", ",")}),
+        "Amazon": ("amazon", {"r.json": reviews, "meta_r.json": meta}),
+        "Amazon, gzipped": ("amazon", {"r.json.gz": gzip.compress(reviews.encode(), mtime=0), "meta_r.json": meta}),
+        "processed": ("processed", {"items.parquet": items} | {f"{name}.parquet": part for name in data.PARTS}),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        return {name: (reader, {path.name: path.read_bytes() for path in write(Path(folder) / name, files).iterdir()})
+                for name, (reader, files) in good.items()}
+
+
+GOOD = good_files()
+PIECES = [b",", b"\n", b"\r", b"\r\n", b'"', b"\t", b"::", b"|", b" ", b"\0", b"\xff", b"\xe9", BOM.encode(), b"007", b"0",
+          b"1e30", b"-1", b"nan", b"true", b"null", b"[", b"]", b"{", b"}", b":", b"\\ud800", "\u200b".encode(), b"<br>",
+          "é".encode(), b"&amp;", b"Heat", b"1", b"(1999)", b";"]
+EDITS = st.lists(st.tuples(
+    st.sampled_from(["insert", "replace", "cut", "double", "end", "line"]), st.floats(0, 1, exclude_max=True),
+    st.integers(1, 12), st.one_of(st.sampled_from(PIECES), st.binary(min_size=1, max_size=4))), min_size=1, max_size=4)
+
+
+def edited(raw, edits):
+    for how, where, size, piece in edits:
+        at = int(where * len(raw))
+        if how == "insert":
+            raw = raw[:at] + piece + raw[at:]
+        elif how == "replace":
+            raw = raw[:at] + piece + raw[at + len(piece):]
+        elif how == "cut":
+            raw = raw[:at] + raw[at + size:]
+        elif how == "double":
+            raw = raw[:at + size] + raw[at:]
+        elif how == "end" and where > 0.8:
+            raw = raw[:at]
+        elif how == "line":  # a line stands twice
+            end = raw.find(b"\n", at) + 1
+            raw = raw[:end] + raw[raw.rfind(b"\n", 0, max(end - 1, 0)) + 1:end] + raw[end:]
+    return raw
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_a_good_file_is_read(kind):
+    assert right_or_refused(*GOOD[kind])
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_a_damaged_file_is_read_right_or_refused(kind, capsys):
+    reader, files = GOOD[kind]
+
+    @tried(DAMAGED)
+    @given(st.sampled_from(sorted(files)), EDITS, st.booleans())
+    def check(name, edits, unpacked):
+        raw = files[name]
+        if name.endswith(".gz") and unpacked:
+            raw = gzip.compress(edited(gzip.decompress(raw), edits), 1)
+        else:
+            raw = edited(raw, edits)
+        right_or_refused(reader, files | {name: raw})
+
+    check()
+    said(capsys, f"damaged, {kind}")
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_random_bytes_are_read_right_or_refused(kind, capsys):
+    reader, files = GOOD[kind]
+    text = st.lists(st.sampled_from([*PIECES, b"title", b"count", b"item_id", b"PAR1"]), max_size=30).map(b"".join)
+
+    @tried(RANDOM)
+    @given(st.sampled_from(sorted(files)), st.one_of(st.binary(max_size=60), text))
+    def check(name, raw):
+        right_or_refused(reader, files | {name: raw})
+
+    check()
+    said(capsys, f"random, {kind}")
+
+
+# --- columns of every type ---
+
+SCALARS = st.one_of(
+    st.integers(-3, 9), st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=4),
+    st.sampled_from(["Heat", "Fargo", "007", "7", "3", "1e5"]))
+CELLS = st.one_of(SCALARS, st.lists(SCALARS, max_size=2), st.dictionaries(st.text(max_size=2), SCALARS, max_size=2))
+NAMES = st.sampled_from(["title", "count", "item_id", "x", "{}", ""])
+ARROW = [pa.int8(), pa.int64(), pa.uint64(), pa.float32(), pa.float64(), pa.bool_(), pa.string(), pa.large_string(),
+         pa.binary(), pa.timestamp("us"), pa.date32(), pa.duration("s"), pa.decimal128(9, 2), pa.list_(pa.int64()),
+         pa.list_(pa.string()), pa.list_(pa.list_(pa.int64())), pa.large_list(pa.int32()), pa.list_(pa.bool_()),
+         pa.struct([("a", pa.int64())]), pa.null(), pa.time32("s"), pa.list_(pa.float64())]
+
+
+def arrow_cell(kind, n):
+    """A cell of this type that stands for a small whole number."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [arrow_cell(kind.value_type, k) for k in range(1, n + 1)]
+    if pa.types.is_struct(kind):
+        return {"a": n}
+    for test, make in ((pa.types.is_floating, float), (pa.types.is_boolean, bool), (pa.types.is_decimal, decimal.Decimal),
+                       (pa.types.is_binary, lambda n: str(n).encode()), (pa.types.is_null, lambda n: None),
+                       (pa.types.is_timestamp, lambda n: DAY), (pa.types.is_date, lambda n: DAY.date()),
+                       (pa.types.is_duration, lambda n: datetime.timedelta(n)), (pa.types.is_time, lambda n: DAY.time()),
+                       (pa.types.is_integer, int)):
+        if test(kind):
+            return make(n)
+    return str(n)
+
+
+@st.composite
+def arrow_columns(draw, n):
+    kind = draw(st.sampled_from(ARROW))
+    cells = [None if draw(st.integers(0, 9)) == 9 else arrow_cell(kind, draw(st.integers(1, 4))) for _ in range(n)]
+    column = pa.array(cells, kind)
+    if draw(st.booleans()) and (pa.types.is_string(kind) or pa.types.is_integer(kind)):
+        column = column.dictionary_encode()
+    return column
+
+
+def test_json_of_every_kind_is_read_right_or_refused(capsys):
+    records = st.lists(st.dictionaries(NAMES, CELLS, max_size=3), max_size=4)
+    pairs = st.lists(st.tuples(CELLS, CELLS), max_size=4)
+
+    @tried(DAMAGED * 2)
+    @given(st.one_of(records, st.lists(CELLS, max_size=4), pairs, st.dictionaries(st.text(max_size=3), CELLS), CELLS),
+           st.sampled_from(["counts", "lists"]))
+    def check(content, reader):
+        right_or_refused(reader, {"c.json": json.dumps(content)})
+
+    check()
+    said(capsys, "JSON of every kind")
+
+
+def test_parquet_of_every_type_is_read_right_or_refused(capsys):
+    @tried(DAMAGED * 2)
+    @given(st.data(), st.sampled_from(["counts", "lists", "processed"]))
+    def check(draws, reader):
+        n = draws.draw(st.integers(0, 3))
+        if reader == "processed":
+            _, files = GOOD["processed"]
+            name = draws.draw(st.sampled_from(sorted(files)))
+            table = pq.ParquetFile(io.BytesIO(files[name])).read()
+            at = draws.draw(st.integers(0, table.num_columns - 1))
+            column = draws.draw(arrow_columns(table.num_rows))
+            right_or_refused(reader, files | {name: table.set_column(at, table.column_names[at], column)})
+        else:
+            names = draws.draw(st.lists(NAMES, min_size=1, max_size=3))
+            columns = [draws.draw(arrow_columns(n)) for _ in names]
+            right_or_refused(reader, {"c.parquet": pa.table(columns, names)})
+
+    check()
+    said(capsys, "Parquet of every type")
