@@ -256,8 +256,8 @@ def _read_table(path: Path, sep: str, columns: list[str] | None = None) -> pd.Da
     if malformed:
         row = malformed[0]
         fault = f"{row.actual_columns} fields instead of {row.expected_columns}, write one for each column"
-        fault += " and end every quote" + ", quote a cell that holds a comma" * (sep == ",")
-        raise ValueError(f"{path}, line {lines[row.number - 1 - (columns is None)]}: {fault}")
+        cure = ", quote a cell that holds a comma and end every quote" if quote else ""
+        raise ValueError(f"{path}, line {lines[row.number - 1 - (columns is None)]}: {fault}{cure}")
     if not len(table):
         raise ValueError(f"{path} has no rows")
     if lines[-1] != raw.count(b"\n") + 2:  # the last quote has taken the end of the file
@@ -286,9 +286,8 @@ def _found(path: str | Path) -> Path:
 
 def _dataset(item: Path, items: pd.DataFrame, inter: Path, interactions: pd.DataFrame) -> Dataset:
     """Checked and cleaned tables from cells as strings, indexed by line. Items with a column year are films."""
-    for path, table, names in ((item, items, ["item_id"]), (inter, interactions, INTERACTION)):
-        for name in names:
-            _refuse(table[name].str.strip() == "", path, f"the {name} is empty")
+    _refuse(items.item_id.str.strip() == "", item, "the item_id is empty")
+    _refuse(interactions.user_id.str.strip() == "", inter, "the user_id is empty")
     _refuse(items.item_id.duplicated(), item, "item_id {} stands there twice", items.item_id)
     titles = _titles(item, items.title, items.item_id)
     _refuse(~interactions.item_id.isin(items.item_id), inter, f"item {{}} is not in {item.name}", interactions.item_id)
@@ -338,16 +337,15 @@ def read_amazon(reviews: str | Path, metadata: str | Path) -> Dataset:
 def _json_lines(path: str | Path, **fields: type) -> Iterator[list]:
     """The values of these fields from each line, checked; a field of type object may be missing."""
     path, number = _found(path), 0
-    within = {int: lambda seconds: abs(seconds) < 2**62, str: lambda text: text.strip().encode()}
     needed = ", ".join(f"{name} ({kind.__name__})" for name, kind in fields.items() if kind is not object)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", -1, "utf-8-sig", "surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
-                line.encode()  # fails on what was not UTF-8
                 row = json.loads(line)
                 values = [row.get(name) for name in fields]
-                if not all(kind is object or type(value) is kind and within[kind](value) for kind, value in
-                           zip(fields.values(), values)):
+                "".join(map(str, values)).encode()  # fails where a character is not whole
+                if not all(kind in (object, type(value)) and (kind is not int or abs(value) < 2**62) and value != ""
+                           for value, kind in zip(values, fields.values())):
                     raise ValueError
                 yield values
     except (EOFError, gzip.BadGzipFile, zlib.error):
@@ -356,8 +354,6 @@ def _json_lines(path: str | Path, **fields: type) -> Iterator[list]:
         raise ValueError(f"{path}, line {number}: not UTF-8, save the file as UTF-8") from None
     except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"{path}, line {number}: not a JSON object with {needed}, as the 2018 dumps have") from None
-    if not number:
-        raise ValueError(f"{path} has no rows")
 
 
 def read_counts(path: str | Path) -> pd.Series:
@@ -370,8 +366,7 @@ def read_counts(path: str | Path) -> pd.Series:
     if not set(names) <= set(table):
         names = sorted(table, key=lambda name: (name == "count") - (name in ("title", "item_id")))
     if len(names) != 2:
-        has = ", ".join(map(str, names)) or "none"
-        raise ValueError(f"{path} needs the columns title and count, and has {has:.200}")
+        raise ValueError(f"{path} needs the columns title and count, and has {', '.join(map(str, names)):.99}")
     table = _columns(path, table, title=names[0], count=names[1])
     titles = _titles(path, table.title)
     numbers = pd.to_numeric(table["count"].astype(object).map(str), errors="coerce").astype(float)  # no dates, no bools

@@ -127,7 +127,7 @@ def changed(files, **changes):
 CASES = {
     # CSV
     "unquoted commas": ("counts", {"c.csv": "title,count\nA, x,30\nA, y,20\n"},
-                        "c.csv, line 2: 3 fields instead of 2, write one for each column and end every quote, quote a"),
+                        "c.csv, line 2: 3 fields instead of 2, write one for each column, quote a cell that holds a co"),
     "unquoted commas in lists": ("lists", {"c.csv": "user,title\n1,A, x\n1,A, y\n"}, "c.csv, line 2: 3 fields"),
     "unquoted commas in movies": ("movielens", changed(CSVS, movies__csv="movieId,title,genres\n10,A, x,y\n"),
                                   "movies.csv, line 2: 4 fields instead of 3"),
@@ -209,9 +209,9 @@ CASES = {
                            "meta_r.json, line 1: not a JSON object with asin"),
     "Amazon, times of 10^30": ("amazon", changed(AMAZON, r__json=REVIEW + REVIEW.replace("5", "1" + "0" * 30)),
                                "r.json, line 2: not a JSON object with reviewerID (str), asin (str), unixReviewTime (int)"),
-    "Amazon, blank user": ("amazon", changed(AMAZON, r__json=REVIEW.replace('"u"', '" "')), "r.json, line 1: not a JSON"),
+    "Amazon, blank user": ("amazon", changed(AMAZON, r__json=REVIEW.replace('"u"', '""')), "r.json, line 1: not a JSON"),
     "Amazon, half a character": ("amazon", changed(AMAZON, r__json=REVIEW.replace('"u"', '"\\ud800"')), "r.json, line 1: "),
-    "Amazon, empty": ("amazon", changed(AMAZON, r__json=""), "r.json has no rows"),
+    "Amazon, empty": ("amazon", changed(AMAZON, r__json=""), ([], [])),
     "Amazon, no gzip": ("amazon", {"r.json.gz": REVIEW, "meta_r.json": ""}, "r.json.gz is damaged after line 0: download"),
     "Amazon, cut off": ("amazon", {"r.json.gz": gzip.compress(REVIEW.encode() * 9)[:-9], "meta_r.json": ""},
                         "r.json.gz is damaged after line "),
@@ -229,7 +229,7 @@ CASES = {
     "JSON, cut off": ("counts", {"c.json": '[{"title": "Heat",\n"count": 3}'}, "c.json, line 2 is damaged, write it anew"),
     "JSON lines": ("counts", {"c.json": '{"Heat": 1}\n{"Fargo": 1}\n'}, "c.json, line 2 is damaged"),
     "JSON, text": ("lists", {"c.json": '"Heat"'}, "c.json is damaged"),
-    "JSON, nothing": ("counts", {"c.json": "null"}, "c.json needs the columns title and count, and has none"),
+    "JSON, nothing": ("counts", {"c.json": "null"}, "c.json needs the columns title and count, and has "),
     "JSON, empty": ("counts", {"c.json": ""}, "c.json, line 1 is damaged"),
     "JSON, truth values": ("counts", {"c.json": '{"Heat": 2, "Fargo": true}'}, "row 1: the count True is no positive"),
     "JSON, a title of truth": ("lists", {"c.json": '[{"title": true}]'}, "row 0: the title True is neither text nor a who"),
@@ -295,14 +295,13 @@ def test_a_table_is_read_right_or_refused_in_a_sentence(tmp_path, case):
     reader, files, expected = CASES[case]
     got = read(reader, write(tmp_path / "own", files))
     if isinstance(expected, str):
-        assert isinstance(got, str), got
-        assert got.startswith(expected) or f": {expected}" in got or expected in got, got
+        assert isinstance(got, str) and expected in got, got
     else:
         assert got == expected
 
 
 def test_eight_groups_need_eight_titles_and_the_message_says_so():
-    with pytest.raises(ValueError, match="8 popularity groups need as many titles with interactions, not 5: bring more"):
+    with pytest.raises(ValueError, match="8 popularity groups need as many titles with counts, not 5: bring more"):
         metrics.popularity_groups([5, 4, 3, 2, 1, 0])
 
 
@@ -464,14 +463,14 @@ def naive_movielens(folder):
 def naive_json_lines(folder, name):
     path = next(path for path in folder.iterdir() if path.name.startswith(name))
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    text = raw.decode().removeprefix(BOM).replace("\r\n", "\n").replace("\r", "\n")
-    return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
+    text = raw.decode(errors="surrogateescape")  # a field that is not read may be in any encoding
+    text = text.removeprefix(BOM).replace("\r\n", "\n").replace("\r", "\n")
+    return [json.loads(line) for line in text.removesuffix("\n").split("\n") if text]
 
 
 def naive_amazon(folder):
     log = [(row["reviewerID"], row["asin"], row["unixReviewTime"]) for row in naive_json_lines(folder, "r.")]
-    assert all(type(user) is type(item) is str and user.strip() and item.strip() and type(when) is int
-               for user, item, when in log)
+    assert all(type(user) is type(item) is str and user and item and type(when) is int for user, item, when in log)
     reviewed, titles = {item for _, item, _ in log}, {}
     for row in naive_json_lines(folder, "meta_r."):
         title = row.get("title")
@@ -507,7 +506,7 @@ def right_or_refused(reader, files):
     with tempfile.TemporaryDirectory() as folder:
         folder = write(Path(folder) / "own", files)
         got = read(reader, folder)
-        TALLY[reader, "refused" if isinstance(got, str) else "read"] += 1
+        TALLY["refused" if isinstance(got, str) else "read"] += 1
         if isinstance(got, str):
             return False
         expected = NAIVE[reader](folder)
@@ -522,7 +521,12 @@ def right_or_refused(reader, files):
 def said(capsys, what):
     with capsys.disabled():
         if HARD:
-            print(f"\n{what}: " + ", ".join(f"{' '.join(key)} {n:,}" for key, n in sorted(TALLY.items())))
+            print(f"\n{what}: " + ", ".join(f"{key} {n:,}" for key, n in sorted(TALLY.items())))
+    TALLY.clear()
+
+
+@pytest.fixture(autouse=True)
+def none_counted():
     TALLY.clear()
 
 
@@ -713,3 +717,67 @@ def test_parquet_of_every_type_is_read_right_or_refused(capsys):
 
     check()
     said(capsys, "Parquet of every type")
+
+
+# --- catalogues ---
+
+WORDS = ["The", "the", "Heat", "Heat 2", "2", "II", ":", "–", "🌻", "👨‍👩‍👧", "é", "e\u0301", "שלום", "日本", "日", "\u200bx", "<x", "a&b",
+         "\\n", '"', "x" * 40, "007", "7"]
+
+
+@st.composite
+def catalogues(draw):
+    """Clean titles that share beginnings; some stand twice."""
+    words = draw(st.lists(st.sampled_from(WORDS) | st.text(min_size=1, max_size=4), min_size=1, max_size=6))
+    title = st.lists(st.sampled_from(words), min_size=1, max_size=5).map(" ".join).map(data.clean_title)
+    return draw(st.lists(title.filter(lambda t: not data.is_blank(t)), min_size=1, max_size=draw(st.integers(1, 14))))
+
+
+def test_random_catalogues_are_trees_that_conserve_flow(capsys):
+    checked = Counter()
+
+    @tried(CATALOGUES)
+    @given(catalogues(), st.integers(0, 2**31), st.integers(0, 9))
+    def check(titles, seed, chance):
+        model, tokenizer = tiny_model([*titles, *prompt_texts("movie", "sequence")], seed=seed)
+        catalogue = Catalogue.build(tokenizer, titles, "movie")
+        trie, sequences = catalogue.trie, catalogue.sequences
+        assert [tokenizer.decode(ids[:-1]) for ids in sequences] == titles
+        numbers = {}
+        leaves = [numbers.setdefault(title, len(numbers)) for title in titles]
+        assert trie.item_leaf.tolist() == data.item_leaves(titles).tolist() == leaves
+        rewards = torch.rand(len(titles), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 9 + 1e-6
+        below = {}  # every beginning of a title: the reward below it
+        for ids, reward in zip(sequences, rewards.tolist()):
+            for n in range(len(ids) + 1):
+                below[(*ids[:n],)] = below.get((*ids[:n],), 0) + reward
+        paths = [()]
+        for parent, token in zip(trie.parent.tolist()[1:], trie.token.tolist()[1:]):
+            paths.append((*paths[parent], token))
+        assert len(paths) == len(below) and set(paths) == set(below)
+        flows = trie.log_flows(rewards.log()).exp().tolist()
+        assert flows == pytest.approx([below[path] for path in paths], rel=1e-9)
+        policy = trie.log_leaf_probs(trie.log_token_rewards(rewards.log())).exp().tolist()
+        shares = np.bincount(leaves, rewards.numpy() / float(rewards.sum()))
+        assert policy == pytest.approx(shares.tolist(), rel=1e-9)
+        checked["catalogues"] += 1
+        checked["nodes"] += trie.n_nodes
+        if chance and HARD:  # a model costs most of the time
+            return
+        with torch.no_grad():
+            for weights in model.eval().parameters():
+                weights.mul_(3)
+            history = [seed % len(titles)]
+            [(found, scores)] = beam_search(model, catalogue, [history], [Beams(len(numbers), seen_allowed=True)])
+            context = catalogue.context(history)
+            exact = {}
+            for leaf, ids in zip(leaves, sequences):
+                log_p = model(torch.tensor([context + ids])).logits[0, len(context) - 1:-1].double().log_softmax(-1)
+                exact[leaf] = log_p[torch.arange(len(ids)), torch.tensor(ids)].sum().item()
+        assert sorted(found[0].tolist()) == sorted(exact) and (np.diff(scores[0]) <= 0).all()
+        assert scores[0].tolist() == pytest.approx([exact[leaf] for leaf in found[0].tolist()], abs=1e-3)
+        checked["beams"] += len(exact)
+
+    check()
+    TALLY.update(checked)
+    said(capsys, "random catalogues")
