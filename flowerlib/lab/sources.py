@@ -359,7 +359,7 @@ def _json_lines(path: str | Path, **fields: type) -> Iterator[list]:
 def read_counts(path: str | Path) -> pd.Series:
     """A table title → count (above 0) from a CSV, JSON or Parquet file, most frequent first; equal titles add up.
 
-    It has columns title and count, or two in that order. A JSON file holds such records, or one {title: count}.
+    It has columns title and count, or two: title or id, then count. A JSON file holds such records, or {title: count}.
     """
     table = _read_any(Path(path))
     names = ["title", "count"]
@@ -391,7 +391,6 @@ def read_recommendations(path: str | Path) -> pd.Series:
 
 
 def _titles(path: str | Path, cells: pd.Series, items: pd.Series | None = None) -> pd.Series:
-    """The cells as clean titles. What is refused is named by its item, where there is one."""
     which, cells = "the title" if items is None else "the title of item {}", cells.astype(object)
     _refuse(cells.map(lambda cell: len(str(cell)) > LONGEST), path, f"{which} has over {LONGEST:,} characters", items)
     titles = cells.map(lambda cell: clean_title(str(cell))).astype(str)
