@@ -473,7 +473,7 @@ def _columns(path: str | Path, table: pd.DataFrame, *names: str, **renamed: str)
             has = ", ".join(map(str, table))
             raise ValueError(f"{path} has {fault}: it has {has:.200}" + ", in line 1" * (table.index.name == "line"))
     table = table[list(renamed.values())].set_axis(list(renamed), axis=1)
-    ids = () if table.index.name == "line" else ("item_id", "title", "user_id", "target")  # text is text already
+    ids = () if table.index.name == "line" else {"item_id", "title", "user_id", "target"}  # a text file holds text
     plain = [name for name in table if name in ids]
     _refuse(table[plain].isna().any(axis=1), path, f"the {' or the '.join(plain)} is missing")
     for name in plain:

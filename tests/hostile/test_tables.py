@@ -695,7 +695,7 @@ def arrow_cell(kind, n):
 
 @st.composite
 def arrow_columns(draw, n):
-    kind = draw(st.sampled_from(ARROW))
+    kind = draw(st.sampled_from(ARROW) | st.sampled_from([pa.int64(), pa.string(), pa.list_(pa.int64())]))
     cells = [None if draw(st.integers(0, 9)) == 9 else arrow_cell(kind, draw(st.integers(1, 4))) for _ in range(n)]
     column = pa.array(cells, kind)
     if draw(st.booleans()) and (pa.types.is_string(kind) or pa.types.is_integer(kind)):
@@ -706,9 +706,12 @@ def arrow_columns(draw, n):
 def test_json_of_every_kind_is_read_right_or_refused(capsys):
     records = st.lists(st.dictionaries(NAMES, CELLS, max_size=3), max_size=4)
     pairs = st.lists(st.tuples(CELLS, CELLS), max_size=4)
+    title, number = st.text(min_size=1, max_size=3) | st.integers(), st.integers(0, 9) | st.floats(-1, 9) | st.just("3")
+    good = st.lists(st.fixed_dictionaries({"title": title, "count": number}, optional={"x": CELLS}), max_size=4)
 
     @tried(DAMAGED * 2)
-    @given(st.one_of(records, st.lists(CELLS, max_size=4), pairs, st.dictionaries(st.text(max_size=3), CELLS), CELLS),
+    @given(st.one_of(good, st.dictionaries(st.text(max_size=3), number), st.lists(title), records, pairs,
+                     st.lists(CELLS, max_size=4), st.dictionaries(st.text(max_size=3), CELLS), CELLS),
            st.sampled_from(["counts", "lists"]))
     def check(content, reader):
         right_or_refused(reader, {"c.json": json.dumps(content)})
