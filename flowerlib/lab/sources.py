@@ -362,9 +362,8 @@ def read_counts(path: str | Path) -> pd.Series:
     It has columns title and count, or two: title or id, then count. A JSON file holds such records, or {title: count}.
     """
     table = _read_any(Path(path))
-    names = ["title", "count"]
-    if not set(names) <= set(table):
-        names = sorted(table, key=lambda name: (name == "count") - (name in ("title", "item_id")))
+    names = ["title", "count"] if {"title", "count"} <= set(table) else sorted(
+        table, key=lambda name: (name == "count") - (name in ("title", "item_id")))
     if len(names) != 2:
         raise ValueError(f"{path} needs the columns title and count, and has {', '.join(map(str, names)):.99}")
     table = _columns(path, table, title=names[0], count=names[1])
@@ -473,8 +472,7 @@ def _columns(path: str | Path, table: pd.DataFrame, *names: str, **renamed: str)
             has = ", ".join(map(str, table))
             raise ValueError(f"{path} has {fault}: it has {has:.200}" + ", in line 1" * (table.index.name == "line"))
     table = table[list(renamed.values())].set_axis(list(renamed), axis=1)
-    ids = () if table.index.name == "line" else {"item_id", "title", "user_id", "target"}  # a text file holds text
-    plain = [name for name in table if name in ids]
+    plain = [name for name in table if name in ("item_id", "title", "user_id", "target") and not table.index.name]
     _refuse(table[plain].isna().any(axis=1), path, f"the {' or the '.join(plain)} is missing")
     for name in plain:
         wrong = ~table[name].astype(object).map(type).isin((str, int))
