@@ -53,7 +53,7 @@ def popularity_groups(counts: ArrayLike, n_groups: int = 8) -> Ints:
     counts = _checked_counts(counts)
     order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     if len(order) < n_groups:
-        raise ValueError(f"{n_groups} popularity groups need as many titles with interactions, not {len(order)}")
+        raise ValueError(f"{n_groups} popularity groups need as many titles with counts, not {len(order)}: bring more")
     groups = np.full(len(counts), n_groups - 1)
     for group, members in enumerate(np.array_split(order, n_groups)):
         groups[members] = group

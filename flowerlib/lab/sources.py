@@ -6,6 +6,8 @@ Readers raise FileNotFoundError for a missing file and ValueError for a malforme
 import gzip
 import io
 import json
+import re
+import reprlib
 import shutil
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from .store import ROOT, atomic
 
 DATA = ROOT / "data"
 INTERACTION = ["user_id", "item_id", "timestamp"]
+LONGEST = 10_000  # characters of a title
 Dataset = tuple[pd.DataFrame, pd.DataFrame]  # items (item_id, title), interactions (user_id, item_id, timestamp)
 
 _YEAR = r"^(.+?)\s*\((\d{4})(?:[-–]\d{0,4})?\)(?:\s*\((?:V|TV)\))?$"
@@ -211,7 +214,7 @@ def read_recbole(folder: str | Path) -> Dataset:
     title = next((name for name in ("movie_title", "title", "item_title", "name") if name in table), "title")
     items = _columns(item[0], table, "item_id", title=title)
     if title == "movie_title":
-        items["year"] = table.get("release_year", "")
+        items["year"] = _columns(item[0], table, "release_year") if "release_year" in table else ""
     return _dataset(item[0], items, inter[0], _columns(inter[0], _read_table(inter[0], "\t"), *INTERACTION))
 
 
@@ -233,62 +236,60 @@ def read_movielens(folder: str | Path) -> Dataset:
 
 def _read_table(path: Path, sep: str, columns: list[str] | None = None) -> pd.DataFrame:
     """Cells as strings, indexed by the line where their row begins. Without `columns` a UTF-8 file names them first."""
-    raw = _bytes(path).replace(b"\r\n", b"\n").replace(b"\r", b"\n").rstrip(b"\n")
-    try:
-        raw.decode()
-    except UnicodeDecodeError as error:
-        if columns is None:
-            line = raw.count(b"\n", 0, error.start) + 1
-            raise ValueError(f"{path}, line {line}: not UTF-8, save the file as UTF-8") from None
-        raw = raw.decode("latin-1").encode()
+    raw = _text(path, latin=columns is not None).rstrip("\n").encode()
     if len(sep) > 1:
         raw, sep = raw.replace(sep.encode(), b"\t"), "\t"
     quote, malformed = '"' if sep == "," else False, []
-
-    def skip(row: csv.InvalidRow) -> str:
-        malformed.append(row)
-        return "skip"
-
     try:
         table = csv.read_csv(
             pa.BufferReader(raw + b"\n"),
             csv.ReadOptions(column_names=columns, use_threads=False, block_size=min(len(raw) + 1, 2**31 - 1)),
             csv.ParseOptions(delimiter=sep, quote_char=quote, newlines_in_values=bool(quote), ignore_empty_lines=False,
-                             invalid_row_handler=skip),
+                             invalid_row_handler=lambda row: malformed.append(row) or "skip"),
             csv.ConvertOptions(default_column_type=pa.string()),
         )
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} cannot be read, end every quote: {error}") from None
+    except pa.ArrowInvalid:
+        raise ValueError(f"{path} cannot be read, end every quote") from None
     first = 1 if columns else 2 + "".join(table.column_names).count("\n")
     breaks = sum(pc.count_substring(column, "\n").to_numpy() for column in table.columns)  # inside quotes
     lines = np.cumsum(np.r_[first, 1 + breaks])  # of each row, and of the end
     if malformed:
         row = malformed[0]
-        line = lines[row.number - 1 - (columns is None)]
-        fault = f"{row.actual_columns} fields instead of {row.expected_columns}"
-        raise ValueError(f"{path}, line {line}: {fault}, write one for each column and end every quote")
+        fault = f"{row.actual_columns} fields instead of {row.expected_columns}, write one for each column"
+        cure = ", quote a cell that holds a comma and end every quote" if quote else ""
+        raise ValueError(f"{path}, line {lines[row.number - 1 - (columns is None)]}: {fault}{cure}")
     if not len(table):
         raise ValueError(f"{path} has no rows")
     if lines[-1] != raw.count(b"\n") + 2:  # the last quote has taken the end of the file
         raise ValueError(f"{path}, line {lines[-2]}: a quote does not end, end it")
-    names = [name.strip().split(":")[0] for name in table.column_names]
+    names = [name.strip().replace("\n", " ").split(":")[0] for name in table.column_names]
     return table.to_pandas().set_axis(names, axis=1).set_axis(pd.Index(lines[:-1], name="line"))
 
 
-def _bytes(path: Path) -> bytes:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: put it there (relative paths count from the project's root)")
-    return path.read_bytes()
+def _text(path: Path, latin: bool = False) -> str:
+    """A UTF-8 file (`latin`: or Latin-1) without byte order mark, its line ends \\n."""
+    raw = re.sub(rb"\r\n?", b"\n", _found(path).read_bytes()).removeprefix(b"\xef\xbb\xbf")
+    text = raw.decode(errors="surrogateescape")
+    wrong = re.search("[\0\udc80-\udcff]", text)
+    if wrong and (wrong[0] == "\0" or not latin):
+        line = text.count("\n", 0, wrong.start()) + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8, save the file as UTF-8")
+    return raw.decode("latin-1") if wrong else text
+
+
+def _found(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        fault = "is a folder, not a file" if Path(path).is_dir() else "is missing"
+        raise FileNotFoundError(f"{path} {fault}: put it there (relative paths count from the project's root)")
+    return Path(path)
 
 
 def _dataset(item: Path, items: pd.DataFrame, inter: Path, interactions: pd.DataFrame) -> Dataset:
     """Checked and cleaned tables from cells as strings, indexed by line. Items with a column year are films."""
-    for path, table, names in ((item, items, ["item_id"]), (inter, interactions, INTERACTION)):
-        for name in names:
-            _refuse(table[name].str.strip() == "", path, f"the {name} is empty")
+    _refuse(items.item_id.str.strip() == "", item, "the item_id is empty")
+    _refuse(interactions.user_id.str.strip() == "", inter, "the user_id is empty")
     _refuse(items.item_id.duplicated(), item, "item_id {} stands there twice", items.item_id)
-    titles = items.title.map(clean_title)
-    _refuse(titles.map(is_blank), item, "the title of item {} is blank, give it one", items.item_id)
+    titles = _titles(item, items.title, items.item_id)
     _refuse(~interactions.item_id.isin(items.item_id), inter, f"item {{}} is not in {item.name}", interactions.item_id)
     times = pd.to_numeric(interactions.timestamp, errors="coerce")
     _refuse(~(times.abs() < 2**62), inter, "timestamp {} is no number of seconds", interactions.timestamp)
@@ -299,13 +300,13 @@ def _dataset(item: Path, items: pd.DataFrame, inter: Path, interactions: pd.Data
             print(f"dropped item {name}, of unknown title, and its {(interactions.item_id == name).sum()} ratings")
         parts = titles.str.extract(_YEAR)
         years = items.year.where(items.year.str.fullmatch(r"\d{4}"), parts[1])
-        titles = parts[0].fillna(titles).map(move_article)
+        titles = parts[0].mask(parts[0].fillna("").map(is_blank)).fillna(titles).map(move_article)
         remade = years.notna() & (years.groupby(titles).transform("nunique") > 1)
         titles = titles.where(~remade, titles + " (" + years + ")")
         items, interactions = items.drop(unknown.index), interactions[~interactions.item_id.isin(unknown)]
     items = pd.DataFrame({"item_id": items.item_id, "title": titles[items.index]}).reset_index(drop=True)
     interactions = interactions.reset_index(drop=True)
-    whole = r"0|[1-9]\d{0,17}"
+    whole = "0|[1-9][0-9]{0,17}"
     if items.item_id.str.fullmatch(whole).all():
         items["item_id"], interactions["item_id"] = items.item_id.astype(int), interactions.item_id.astype(int)
     if interactions.user_id.str.fullmatch(whole).all():
@@ -323,8 +324,9 @@ def read_amazon(reviews: str | Path, metadata: str | Path) -> Dataset:
     interactions = pd.DataFrame(rows, columns=INTERACTION).astype(dict(zip(INTERACTION, (str, str, np.int64))))
     reviewed, titles = set(interactions.item_id), {}
     for asin, title in _json_lines(metadata, asin=str, title=object):
-        if asin in reviewed and asin not in titles and isinstance(title, str) and not is_blank(clean_title(title)):
-            titles[asin] = clean_title(title)
+        if asin in reviewed and asin not in titles and isinstance(title, str) and len(title) <= LONGEST:
+            title = clean_title(title)
+            titles |= {} if is_blank(title) else {asin: title}
     items = pd.DataFrame(list(titles.items()), columns=["item_id", "title"], dtype=str)
     known = interactions.item_id.isin(items.item_id)
     if not known.all():
@@ -334,36 +336,42 @@ def read_amazon(reviews: str | Path, metadata: str | Path) -> Dataset:
 
 def _json_lines(path: str | Path, **fields: type) -> Iterator[list]:
     """The values of these fields from each line, checked; a field of type object may be missing."""
-    path, number = Path(path), 0
+    path, number = _found(path), 0
     needed = ", ".join(f"{name} ({kind.__name__})" for name, kind in fields.items() if kind is not object)
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", -1, "utf-8-sig", "surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
                 row = json.loads(line)
                 values = [row.get(name) for name in fields]
-                if not all(kind in (object, type(value)) for value, kind in zip(values, fields.values())):
+                "".join(map(str, values)).encode()  # fails where a character is not whole
+                if not all(kind in (object, type(value)) and (kind is not int or abs(value) < 2**62) and value != ""
+                           for value, kind in zip(values, fields.values())):
                     raise ValueError
                 yield values
-    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError):
+    except (EOFError, gzip.BadGzipFile, zlib.error):
         raise ValueError(f"{path} is damaged after line {number}: download it again") from None
-    except (ValueError, AttributeError):
+    except UnicodeEncodeError:
+        raise ValueError(f"{path}, line {number}: not UTF-8, save the file as UTF-8") from None
+    except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"{path}, line {number}: not a JSON object with {needed}, as the 2018 dumps have") from None
 
 
 def read_counts(path: str | Path) -> pd.Series:
     """A table title → count (above 0) from a CSV, JSON or Parquet file, most frequent first; equal titles add up.
 
-    It has columns title and count, or two in that order. A JSON file holds such records, or one {title: count}.
+    It has columns title and count, or two: title or id, then count. A JSON file holds such records, or {title: count}.
     """
     table = _read_any(Path(path))
-    names = ["title", "count"] if {"title", "count"} <= set(table) else list(table)
+    names = ["title", "count"] if {"title", "count"} <= set(table) else sorted(
+        table, key=lambda name: (name == "count") - (name in ("title", "item_id")))
     if len(names) != 2:
-        raise ValueError(f"{path} needs the columns title and count, and has {', '.join(map(str, names)) or 'none'}")
-    table = table[names].set_axis(["title", "count"], axis=1)
-    titles, numbers = _titles(path, table.title), pd.to_numeric(table["count"], errors="coerce")
-    wrong = ~(np.isfinite(numbers) & (numbers > 0))
-    _refuse(wrong, path, "the count {} is no positive number, leave a title without any out", table["count"])
-    counts = numbers.astype(float).groupby(titles.to_numpy(), sort=False).sum()
+        raise ValueError(f"{path} needs the columns title and count, and has {', '.join(map(str, names)):.99}")
+    table = _columns(path, table, title=names[0], count=names[1])
+    titles = _titles(path, table.title)
+    numbers = pd.to_numeric(table["count"].astype(object).map(str), errors="coerce").astype(float)  # no dates, no bools
+    wrong = ~((numbers > 0) & (numbers < 1e15))
+    _refuse(wrong, path, "the count {} is no positive number below 10^15, leave out titles without any", table["count"])
+    counts = numbers.groupby(titles.to_numpy(), sort=False).sum()
     if len(counts) < 2:
         raise ValueError(f"{path} has {len(counts)} title: a distribution needs two or more")
     return counts.sort_values(ascending=False, kind="stable")
@@ -378,30 +386,42 @@ def read_recommendations(path: str | Path) -> pd.Series:
     columns = [column for column in ("title", "item_id") if column in table] or list(table) * (table.shape[1] == 1)
     if not columns or not len(table):
         raise ValueError(f"{path} needs rows and a column title or item_id, and has {len(table)} rows of {[*table]}")
-    return _titles(path, table[columns[0]]).rename("title").reset_index(drop=True)
+    return _titles(path, _columns(path, table, title=columns[0]).title).reset_index(drop=True)
 
 
-def _titles(path: str | Path, cells: pd.Series) -> pd.Series:
-    titles = cells.fillna("").astype(str).map(clean_title)
-    _refuse(titles.map(is_blank), path, f"the {cells.name} is blank")
+def _titles(path: str | Path, cells: pd.Series, items: pd.Series | None = None) -> pd.Series:
+    which, cells = "the title" if items is None else "the title of item {}", cells.astype(object)
+    _refuse(cells.map(lambda cell: len(str(cell)) > LONGEST), path, f"{which} has over {LONGEST:,} characters", items)
+    titles = cells.map(lambda cell: clean_title(str(cell))).astype(str)
+    _refuse(titles.map(is_blank), path, f"{which} is blank, give it one", items)
     return titles
 
 
 def _read_any(path: Path) -> pd.DataFrame:
     """A CSV's table, of strings; or one of JSON (records, or an object's items) or Parquet, indexed by rows from 0."""
-    if path.suffix.lower() == ".csv":
-        return _read_table(path, ",")
-    raw = _bytes(path)
+    kind = path.suffix.lower()
+    if kind == ".csv":
+        table = _read_table(path, ",")
+        for name, cells in () if {"title", "item_id"} & set(table) else table.items():
+            if np.isfinite(pd.to_numeric(name, errors="coerce")) or {*";\t"} & {*name} or name and name in set(cells):
+                raise ValueError(f"{path}, line 1: {name!r:.60} names no column, begin with a line such as title,count")
+        return table
+    wanted = {".json": "a JSON list of records, or one object of titles and counts", ".parquet": "a Parquet file"}
+    if kind not in wanted:
+        raise ValueError(f"{path}: a table ends in .csv, .json or .parquet")
+    raw = _text(path) if kind == ".json" else _found(path).read_bytes()
     try:
-        if path.suffix.lower() == ".json":
-            content = json.loads(raw)
-            return pd.DataFrame(content.items() if isinstance(content, dict) else content)
-        if path.suffix.lower() == ".parquet":
-            table = pq.read_table(pa.BufferReader(raw)).replace_schema_metadata()
-            return table.to_pandas(types_mapper=lambda kind: pd.ArrowDtype(kind) if pa.types.is_nested(kind) else None)
-    except (ValueError, TypeError, OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} is damaged, write it anew: {error}") from None
-    raise ValueError(f"{path}: a table ends in .csv, .json or .parquet")
+        if kind == ".json":
+            content = json.loads(raw, object_pairs_hook=tuple)
+            if isinstance(content, list):
+                content = [dict(record) if isinstance(record, tuple) else record for record in content]
+            return pd.DataFrame(content, dtype=object)
+        table = pq.ParquetFile(pa.BufferReader(raw)).read().replace_schema_metadata()
+        table.validate(full=True)
+        return table.to_pandas(types_mapper=lambda kind: pd.ArrowDtype(kind) if pa.types.is_nested(kind) else None)
+    except (ValueError, TypeError, OSError, RecursionError, pa.ArrowException) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{path}{line} is damaged, write it anew as {wanted[kind]}") from None
 
 
 def write_processed(tables: Tables, folder: str | Path) -> None:
@@ -421,7 +441,6 @@ def read_processed(folder: str | Path) -> Tables:
     """
     path = Path(folder) / "items.parquet"
     items = _columns(path, _read_any(path), "item_id", "title")
-    _refuse(items.isna().any(axis=1), path, "the item_id or the title is missing")
     items["title"] = items.title.astype(str)
     _refuse(items.item_id.duplicated(), path, "item_id {} stands there twice", items.item_id)
     _refuse(items.title.map(is_blank), path, "the title of item {} is blank", items.item_id)
@@ -431,7 +450,7 @@ def read_processed(folder: str | Path) -> Tables:
     for path in (Path(folder) / f"{part}.parquet" for part in PARTS):
         table = _read_any(path)
         rows = _columns(path, table, "history", "target", *(name for name in ("user_id", "timestamp") if name in table))
-        if not isinstance(rows.history.dtype, pd.ArrowDtype):
+        if not re.match(r"(large_)?list<\w+: (u?int\d+|(large_)?string)( not null)?>", str(rows.history.dtype)):
             raise ValueError(f"{path}: history is no list of item ids but {rows.history.dtype}")
         flat, offsets = histories(rows)
         lengths = np.diff(offsets)
@@ -443,20 +462,27 @@ def read_processed(folder: str | Path) -> Tables:
     return Tables(items, *parts)
 
 
-def _columns(path: Path, table: pd.DataFrame, *names: str, **renamed: str) -> pd.DataFrame:
+def _columns(path: str | Path, table: pd.DataFrame, *names: str, **renamed: str) -> pd.DataFrame:
     """These columns alone, `renamed` from the file's names to ours. Each must stand there just once."""
     renamed = dict(zip(names, names)) | renamed
     for name in renamed.values():
         n = list(table.columns).count(name)
         if n != 1:
             fault = f"two columns {name}, rename one" if n else f"no column {name}"
-            raise ValueError(f"{path} has {fault}: it has {', '.join(table.columns)}")
-    return table[list(renamed.values())].set_axis(list(renamed), axis=1)
+            has = ", ".join(map(str, table))
+            raise ValueError(f"{path} has {fault}: it has {has:.200}" + ", in line 1" * (table.index.name == "line"))
+    table = table[list(renamed.values())].set_axis(list(renamed), axis=1)
+    plain = [name for name in table if name in ("item_id", "title", "user_id", "target") and not table.index.name]
+    _refuse(table[plain].isna().any(axis=1), path, f"the {' or the '.join(plain)} is missing")
+    for name in plain:
+        wrong = ~table[name].astype(object).map(type).isin((str, int))
+        _refuse(wrong, path, f"the {name} {{}} is neither text nor a whole number", table[name])
+    return table
 
 
 def _refuse(wrong: pd.Series, file: str | Path, message: str, values: pd.Series | None = None) -> None:
     """Raises for the first line or row that is wrong."""
     if wrong.any():
         at = wrong.argmax()
-        value = None if values is None else repr(values.iloc[[at]].tolist()[0])
-        raise ValueError(f"{file}, {wrong.index.name or 'row'} {wrong.index[at]}: {message.format(value)}")
+        value = "" if values is None else reprlib.repr(values.iloc[[at]].tolist()[0])
+        raise ValueError(f"{file}, {wrong.index.name or 'row'} {wrong.index[at]}: {message.replace('{}', value)}")
