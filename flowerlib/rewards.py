@@ -28,13 +28,10 @@ def count_log_rewards(trie: TitleTrie, counts: Tensor, alpha: float = 1.0, smoot
     here every title counts `smoothing` more than was seen.
 
     Args:
-        counts: (n_items,) interactions of each item, ≥ 0. smoothing: above 0, finite.
+        counts: (n_items,) interactions of each item, ≥ 0. alpha: finite. smoothing: above 0, finite.
 
-    Returns:
-        (n_items,) float64.
-
-    Raises:
-        ValueError: wrong length; a negative count (the item is named); a NaN or infinite count, alpha or smoothing.
+    Returns (n_items,) float64. Raises ValueError: wrong length; a negative, NaN or infinite count (the message names
+    the item); alpha or smoothing not as above.
     """
     if not (0 < smoothing < torch.inf and abs(alpha) < torch.inf):
         raise ValueError(f"smoothing is {smoothing} and alpha {alpha}: both must be finite, and smoothing above 0")

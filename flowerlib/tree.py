@@ -265,8 +265,8 @@ class Beams:
     guide: float = 0.0
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.n, Integral) and self.n is not True
-        if not (whole and self.n >= 1 and 0 < self.temperature < np.inf and 0 <= self.guide <= 1):
+        numbers = isinstance(self.n, Integral) and 0 < self.temperature < np.inf and 0 <= self.guide <= 1 <= self.n
+        if not numbers or self.n is True:
             raise ValueError(f"need a whole n >= 1, a finite temperature > 0 and guide from 0 to 1, not {self}")
         if self.stochastic and (self.length_normalised or self.guide):
             raise ValueError("stochastic beams draw from π: neither length_normalised nor guide goes with them")

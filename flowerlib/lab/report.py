@@ -78,7 +78,6 @@ def fit_table(rows: Sequence[Mapping[str, Any]]) -> str:
     table = groups.median(numeric_only=True).join(spread).reset_index()
     drawn = table.paths.isin(["policy", "schedule"]) & (table.method != "rloo")
     table["method"] = table.method.map(runs.METHOD_NAMES) + (", paths " + table.paths).where(drawn, "")
-    table["target"] = table.target.map(plain)
     rows = table.sort_values(["n_titles", "target", "kl_target_model"]).to_dict("records")
     names = "n_titles target method kl_target_model seeds least most kl_model_target js catalogue_mass forward_tokens"
     return markdown(rows, [*names.split(), "seconds"])
@@ -181,8 +180,7 @@ def _provenance(results: Path) -> str:
     with pd.option_context("display.max_colwidth", None):
         table = text.fillna("").to_html(border=0).replace("$", "&#36;")
     table = "\n".join(filter(str.strip, table.splitlines()))  # a blank line would end the table
-    of = f"<code>{plain(results.parent.name)}/results</code>"
-    return f"# Settings and provenance\n\nOne column a results file of {of}.\n\n{table}"
+    return f"# Settings and provenance\n\nOne column a results file of {plain(results.parent.name)}.\n\n{table}"
 
 
 def _mathml(match: re.Match[str]) -> str:

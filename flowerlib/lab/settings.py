@@ -72,7 +72,7 @@ class Settings(TrainSettings):
         if not self.guides or not all(isinstance(w, (int, float)) and 0 <= w <= 1 for w in self.guides):
             raise ValueError(f"guides is {list(self.guides)}: name one weight from 0 to 1 at least")
         try:
-            good = self.sweep and all(abs(alpha) <= 100 and 0 <= theta <= 1 for alpha, theta in self.sweep)
+            good = self.sweep and all(-100 <= alpha <= 100 and 0 <= theta <= 1 for alpha, theta in self.sweep)
         except (TypeError, ValueError):  # no numbers, no pairs
             good = False
         if not good:
@@ -130,9 +130,8 @@ def settings(profile: str, after: str | Path | None = None, fit: bool = False, *
         if base.profile != profile:
             raise ValueError(f"{path.parent} was made with PROFILE {base.profile!r}, not {profile!r}: give another OUT")
     names = [f.name for f in fields(base) if f.name != "profile"]
-    for name in overrides:
-        if name not in names:
-            raise ValueError(f"unknown setting {name!r}: the settings are {', '.join(names)}")
+    if unknown := [name for name in overrides if name not in names]:
+        raise ValueError(f"unknown setting {unknown[0]!r}: the settings are {', '.join(names)}")
     own = {name: value for name, value in overrides.items() if value is not None}
     return replace(base, **(FIT[profile] if fit else {}) | own)
 
