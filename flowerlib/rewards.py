@@ -53,8 +53,6 @@ def preference_log_rewards(trie: TitleTrie, log_item_rewards: Tensor, log_p: Ten
 
     Deviation: the paper tilts the edges of a path by the preference for the path's own title (`tilted`).
     """
-    if not abs(beta) < torch.inf:
-        raise ValueError(f"beta is {beta}: it must be finite")
     return log_item_rewards + beta * log_p[..., trie.item_leaf]
 
 

@@ -41,7 +41,9 @@ def checked(name: str, value: Any, default: Any, low: float = 0, high: float = 1
     kind, many = type(default), type(default) is tuple
     if many and isinstance(value, (list, tuple)):  # lists in JSON and notebooks
         value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
-    if type(value) is not kind and not (kind is float and type(value) is int):
+    elif kind is float and type(value) is int and abs(value) < 2.0**1000:
+        value = float(value)
+    if type(value) is not kind:
         raise ValueError(f"setting {name} takes a {kind.__name__.replace('tuple', 'list')}, not {value!r}")
     if kind in (int, float) and not low <= value <= high:
         raise ValueError(f"{name} is {value}: it must lie between {low:,} and {high:,}")
@@ -52,7 +54,7 @@ def checked(name: str, value: Any, default: Any, low: float = 0, high: float = 1
     line = value.replace("\n", " ") if "\n" in str(default) else value
     if kind is str and value != default and not (line.strip() and re.fullmatch(LINE, line)):
         raise ValueError(f"{name} is {value[:40]!r}: it must be a line of text, not blank, 4,000 characters at most")
-    return float(value) if kind is float else value
+    return value
 
 
 @dataclass(frozen=True)

@@ -178,8 +178,8 @@ def _provenance(results: Path) -> str:
         columns[path.stem] = pd.json_normalize(source | {"versions": versions}, sep=" ").iloc[0].to_dict()
     text = pd.DataFrame(columns).map(lambda x: ", ".join(dict.fromkeys(map(str, x))) if isinstance(x, list) else x)
     with pd.option_context("display.max_colwidth", None):
-        table = text.fillna("").to_html(border=0).replace("$", "&#36;")
-    table = "\n".join(filter(str.strip, table.splitlines()))  # a blank line would end the table
+        lines = text.fillna("").to_html(border=0).replace("$", "&#36;").splitlines()
+    table = "\n".join(filter(str.strip, lines))  # a blank line would end it
     return f"# Settings and provenance\n\nOne column a results file of {plain(results.parent.name)}.\n\n{table}"
 
 
