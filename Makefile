@@ -4,11 +4,12 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 REPRODUCE := $(BIN)/python -m flowerlib.lab.reproduce
+AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 GIVEN = $(foreach p,$(PARAMETERS),-p '$(p)')
 
 .PHONY: lab reproduce study report test test-browser bench publish
 lab: .venv/ready
-	$(BIN)/python -m jupyterlab notebooks/00_follow_the_flow.ipynb
+	$(BIN)/python -m jupyterlab --ServerApp.ip=127.0.0.1 $(AS_ROOT) notebooks/00_follow_the_flow.ipynb
 
 reproduce: .venv/ready
 	$(REPRODUCE) --profile $(PROFILE) --out $(OUT) $(GIVEN)

@@ -167,7 +167,7 @@ def load_trained(folder: str | Path) -> Backbone:
 def trained_folder(folder: str | Path) -> Path:
     """The folder of a finished training: this one, or the one that a step's folder (such as runs/laptop/flower) names
     in its settings.json. A relative path counts from the project's root. FileNotFoundError where there is none."""
-    folder = ROOT / folder
+    folder = ROOT / str(folder)
     if (folder / "settings.json").exists():
         folder = folder / (json.loads((folder / "settings.json").read_text(encoding="utf-8"))["made"] or "")
     if not (folder / "made.json").exists():

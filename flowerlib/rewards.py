@@ -28,16 +28,13 @@ def count_log_rewards(trie: TitleTrie, counts: Tensor, alpha: float = 1.0, smoot
     here every title counts `smoothing` more than was seen.
 
     Args:
-        counts: (n_items,) interactions of each item, ≥ 0. smoothing: above 0.
+        counts: (n_items,) interactions of each item, ≥ 0. alpha: finite. smoothing: above 0, finite.
 
-    Returns:
-        (n_items,) float64.
-
-    Raises:
-        ValueError: wrong length; a negative, NaN or infinite count (the message names the item); smoothing not above 0.
+    Returns (n_items,) float64. Raises ValueError: wrong length; a negative, NaN or infinite count (the message names
+    the item); alpha or smoothing not as above.
     """
-    if not smoothing > 0:
-        raise ValueError(f"smoothing is {smoothing:g}; it must be positive, so that every title can be recommended")
+    if not (0 < smoothing < torch.inf and abs(alpha) < torch.inf):
+        raise ValueError(f"smoothing is {smoothing} and alpha {alpha}: both must be finite, and smoothing above 0")
     counts = torch.as_tensor(counts).double()
     if counts.shape != (trie.n_items,):
         raise ValueError(f"{tuple(counts.shape)} counts for {trie.n_items} items")
@@ -70,10 +67,10 @@ def tilted(log_token_rewards: Tensor, log_p: Tensor, leaf: Tensor, reward: str, 
         log_token_rewards: (B, T) log r along each path.
         log_p: (B, n_leaves) log preference of each path's user. leaf: (B,) the path's title.
 
-    Raises ValueError: reward is neither div nor add.
+    Raises ValueError: reward is neither div nor add, or the strength is NaN or infinite.
     """
-    if reward not in ("div", "add"):
-        raise ValueError(f"reward is {reward!r}: choose div or add")
+    if reward not in ("div", "add") or not abs(strength) < torch.inf:
+        raise ValueError(f"reward is {reward!r} of strength {strength}: choose div or add, and a finite strength")
     p = log_p.double().exp()
     own, (low, high) = p.gather(1, leaf[:, None]), p.aminmax(dim=1, keepdim=True)
     flat = high == low

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -24,16 +24,42 @@ from .tree import left_padded, pack, positions, sample_leaves
 from .trie import TitleTrie
 
 NO_TARGET, EOS_TARGET = -1, -2  # values in a row's `nodes` where there is no node of the tree
+LINE = r"[^\0-\x08\n-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,4000}"  # of text: no control character
 
 
 def setting(default: Any, **limits: Any) -> Any:
-    """A field of settings: its default, and the choices, or the low (else 0) and high, that its value must keep to."""
+    """A field of settings: its default, and the limits of `checked` that its value must keep to."""
     return field(default=default, metadata=limits)
+
+
+def checked(name: str, value: Any, default: Any, low: float = 0, high: float = 10**9, choices: Sequence = ()) -> Any:
+    """The value of a setting, of its default's type: a list becomes a tuple, a whole number may stand for a float.
+
+    Raises ValueError for another type, a number that is not from low to high (as infinity and NaN never are), a list
+    shorter than low, what is none of the choices, and text that is blank or of several lines, unless the default is.
+    """
+    kind, many = type(default), type(default) is tuple
+    if many and isinstance(value, (list, tuple)):  # lists in JSON and notebooks
+        value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+    elif kind is float and type(value) is int and abs(value) < 2.0**1000:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"setting {name} takes a {kind.__name__.replace('tuple', 'list')}, not {value!r}")
+    if kind in (int, float) and not low <= value <= high:
+        raise ValueError(f"{name} is {value}: it must lie between {low:,} and {high:,}")
+    wrong = [v for v in (value if many else [value]) if v not in choices] or ["nothing"] * (many and len(value) < low)
+    if choices and wrong:
+        verb, of = ("has", "of") if many else ("is", "one of")
+        raise ValueError(f"{name} {verb} {wrong[0]!r}: choose {of} {', '.join(choices)}")
+    line = value.replace("\n", " ") if "\n" in str(default) else value
+    if kind is str and value != default and not (line.strip() and re.fullmatch(LINE, line)):
+        raise ValueError(f"{name} is {value[:40]!r}: it must be a line of text, not blank, 4,000 characters at most")
+    return value
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What model and training ask. Raises ValueError where a value is out of its range."""
+    """What model and training ask. Raises ValueError, as `checked`, for a value of another type or out of its range."""
 
     seed: int = 0  # of everything random
     category: str = "movie"  # what the prompt calls an item
@@ -43,34 +69,28 @@ class TrainSettings:
     frozen_layers: int = 8  # lower layers that run once and are cached (0: none)
     tuned_layers: int = 4  # layers trained above them (0: all of the model's)
     cut_vocabulary: bool = True  # keep only the tokens that the catalogue and the prompt use
-    lora_rank: int = 0  # LoRA on all linear layers of this rank (0: all trained weights)
+    lora_rank: int = setting(0, high=10_000)  # LoRA on all linear layers of this rank (0: all trained weights)
     # training (notebooks 02 and 03)
     rows: str = setting("sequence", choices=("sequence", "target"))  # every title of a user a target, or one a prompt
-    learning_rate: float = 2e-3
+    learning_rate: float = setting(2e-3, low=1e-12, high=1)
     batch_size: int = setting(8, low=1)  # rows a step
     device_batch: int = setting(8, low=1)  # rows that a device takes at a time; gradients add up to batch_size
     bfloat16: bool = True  # train in bfloat16 where the processor computes in it (GPUs; CPUs with AVX512_BF16 or AMX)
-    epochs: float = 1.0
+    epochs: float = setting(1.0, low=1e-9)
     evaluations: int = setting(4, low=1)  # validations (and checkpoints) during training
     validation_rows: int = 256  # rows of valid.parquet that select the checkpoint (0: all)
     # Flower (notebook 03)
     reward: str = setting("exact", choices=("none", "exact", "div", "add"))  # "exact": item reward * p_ui^beta
-    beta: float = 1.0  # of p_ui^beta in the reward "exact"; strength of "add"
+    beta: float = setting(1.0, high=100)  # of p_ui^beta in the reward "exact"; strength of "add"
     flow: str = setting("divergence", choices=("subtb", "divergence"))  # the paper's loss, or Flower-KL's
     theta: float = setting(0.1, high=1)  # loss = theta * SFT + (1 - theta) * flow
     lam: float = setting(1.0, high=1)  # SubTB's lambda
-    n_paths: int = setting(1, low=1)  # drawn titles a row, where paths are drawn
+    n_paths: int = setting(1, low=1, high=10_000)  # drawn titles a row, where paths are drawn
     paths: str = setting("logged", choices=("logged", "reward", "policy"))  # the data's titles, or drawn ones
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, limits = getattr(self, f.name), {"low": 0, "high": math.inf, "choices": ()} | f.metadata
-            if limits["choices"] and value not in limits["choices"]:
-                raise ValueError(f"{f.name} is {value!r}: choose one of {', '.join(limits['choices'])}")
-            if type(value) in (int, float) and not limits["low"] <= value <= limits["high"]:
-                raise ValueError(f"{f.name} is {value}: it must lie between {limits['low']} and {limits['high']}")
-        if self.epochs <= 0:
-            raise ValueError(f"epochs is {self.epochs}: it must be positive")
+            object.__setattr__(self, f.name, checked(f.name, getattr(self, f.name), f.default, **f.metadata))
         if self.flow == "divergence" and self.reward in ("div", "add"):
             raise ValueError(f"reward {self.reward!r} is of one path, not of a node's children: set flow to subtb")
         if self.tuned_layers and not self.frozen_layers:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -264,8 +265,9 @@ class Beams:
     guide: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.temperature <= 0 or not 0 <= self.guide <= 1:
-            raise ValueError(f"need n >= 1, temperature > 0 and guide from 0 to 1, not {self}")
+        numbers = isinstance(self.n, Integral) and 0 < self.temperature < np.inf and 0 <= self.guide <= 1 <= self.n
+        if not numbers or self.n is True:
+            raise ValueError(f"need a whole n >= 1, a finite temperature > 0 and guide from 0 to 1, not {self}")
         if self.stochastic and (self.length_normalised or self.guide):
             raise ValueError("stochastic beams draw from π: neither length_normalised nor guide goes with them")
 
@@ -413,26 +415,30 @@ def recommend(run: str | Path, history: Sequence[Any], k: int = 10) -> pd.DataFr
     Returns: columns item_id, title, score (Σ log π in nats).
 
     Raises:
-        FileNotFoundError: no finished training there. ValueError: an entry of the history is unknown, or k is below 1.
+        FileNotFoundError: no finished training there. ValueError: k or history is not as above, or an entry is unknown.
     """
-    if k < 1:
-        raise ValueError(f"k is {k}: ask for one title at least")
+    if not isinstance(k, Integral) or k is True or k < 1:
+        raise ValueError(f"k is {k!r}: ask for a whole number of titles, one at least")
+    history = [history] if isinstance(history, str) else history
+    if not isinstance(history, (Sequence, np.ndarray, pd.Series, pd.Index)) or getattr(history, "ndim", 1) != 1:
+        raise ValueError(f"the history is a {type(history).__name__}: give a flat list of item ids or titles")
     folder = trained_folder(run)
-    model, _, catalogue = load_trained(folder)
     items = pd.read_parquet(folder / "items.parquet")
+    model, _, catalogue = load_trained(folder)
     by_id = dict(zip(items.item_id, items.index))
     by_title = dict(zip(items.title[::-1], items.index[::-1]))  # of several, the first
     places = []
-    for entry in [history] if isinstance(history, str) else history:
+    for entry in history:
         names = (by_id, entry), (by_title, entry), (by_title, move_article(clean_title(str(entry))))
-        place = next((known[name] for known, name in names if name in known), None)
+        one = pd.api.types.is_scalar(entry) and not pd.isna(entry)
+        place = next((known[name] for known, name in names if name in known), None) if one else None
         if place is None:
             near = get_close_matches(str(entry), by_title, n=3, cutoff=0.6)
             hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(f"{entry!r} is neither an item id nor a title of {folder / 'items.parquet'}{hint}")
         places.append(place)
     settings = json.loads((folder / "made.json").read_text(encoding="utf-8"))["provenance"]["settings"]
-    beams = Beams(max(k, settings.get("n_beams", 10)))
+    beams = Beams(min(max(k, settings.get("n_beams", 10)), len(catalogue.trie.leaves)))
     [(leaves, scores)] = beam_search(model, catalogue, [places[-settings["max_history"] :]], [beams], seen=[places])
     leaves, scores = leaves[0, :k], scores[0, :k]
     first = np.unique(catalogue.trie.item_leaf, return_index=True)[1]  # item of each leaf

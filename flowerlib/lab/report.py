@@ -4,7 +4,6 @@ import argparse
 import base64
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ HEADS = {  # entry of a row → head of its column, where they differ
 }
 SETTINGS = {"reward": "reward {}", "alpha": "α = {:g}", "theta": "θ = {:g}", "guide": "weight {:g}"}
 FORMULA = re.compile(r"(```.+?```|`[^`\n]+`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$]+?)(?<![\s\\])\$(?![\w$])", re.S)
+SPECIAL = re.compile(r"[][<>&\"`$|\\*~#\n\r]|(?<![^\W_])_|_(?![^\W_])|:(?=/)")  # to HTML, Markdown or MathML
 PAGE = """{% extends 'lab/index.html.j2' %}
 {% block html_head_js_requirejs %}{% endblock %}
 {% block html_head_js_mathjax %}{% endblock %}
@@ -50,6 +50,11 @@ def _text(value: str | float | None) -> str:
     return format(value, ",.0f" if whole else ".3f" if 0.01 <= abs(value) < 1 else "#.3g")
 
 
+def plain(text: str) -> str:
+    """Text of data and settings as Markdown that shows it letter by letter: no element, link or formula."""
+    return SPECIAL.sub(lambda match: f"&#{ord(match[0])};", text)
+
+
 def lists_table(rows: Sequence[Mapping[str, Any]], *without: str) -> str:
     """Lists of all test users as Markdown, with 95% intervals, most accurate first; without: entries to leave out."""
     table = [dict(row) for row in rows if row.get("part", "test") == "test"]
@@ -59,6 +64,7 @@ def lists_table(rows: Sequence[Mapping[str, Any]], *without: str) -> str:
         settings = [text.format(row[key]) for key, text in SETTINGS.items() if key in row]
         row["method"] += f" ({', '.join(settings)})" if settings else ""
         row["decoding"] = row["decoding"].replace("_", ", length-")
+        row |= {name: plain(row[name]) for name in ("method", "decoding", "seen")}
         for name in (f"ndcg@{k}", f"hr@{k}", "dgu"):
             row[name.upper()] = "{} [{}, {}]".format(*(_text(row[name + end]) for end in ("", "_lo", "_hi")))
     names = f"method decoding seen seed NDCG@{k} HR@{k} DGU mgu h_bits ttr distinct gini".split()
@@ -95,7 +101,7 @@ def report(folder: Path) -> Path:
     """Writes `folder`/report.html: results (tables, figures, what they say), the executed notebooks, then provenance.
     Raises FileNotFoundError if no notebook was executed there, ValueError if a results file is damaged."""
     notebooks = {path.stem: nbformat.read(path, 4) for path in sorted((folder / "notebooks").glob("*.ipynb"))}
-    if not notebooks:
+    if not notebooks or folder.samefile(store.ROOT):
         raise FileNotFoundError(f"{folder} holds no executed notebook: run `make reproduce` first")
     first, last = map(nbformat.v4.new_markdown_cell, (_results(folder, notebooks), _provenance(folder / "results")))
     cells = [first, *(cell for notebook in notebooks.values() for cell in notebook.cells), last]
@@ -129,11 +135,11 @@ def _results(folder: Path, notebooks: Mapping[str, Any]) -> str:
     """Notebook 04's headline and table if it ran; then each notebook's task, table, figures and what these say."""
     results, parts = folder / "results", ["# Flower: results"]
     if (path := results / "04_bias_and_diversity.json").exists():
-        parts += [headline(folder), lists_table(runs.read_results(path))]
+        parts += [plain(headline(folder)), lists_table(runs.read_results(path))]
     for name, notebook in notebooks.items():
         # papermill puts a cell of its own before the first one of a notebook that stopped with an error
         texts = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-        heading, _, task = next((text[2:] for text in texts if text.startswith("# ")), name).partition("\n\n")
+        heading, _, task = next((text[2:] for text in texts if text.startswith("# ")), plain(name)).partition("\n\n")
         parts += [f"## [{heading}](#{heading.replace(' ', '-')})", task.split("\n\n")[0].removeprefix("**Do.** ")]
         if any(output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", [])):
             parts.append("**This notebook stopped with an error**: see there.")
@@ -141,7 +147,7 @@ def _results(folder: Path, notebooks: Mapping[str, Any]) -> str:
         if table and path.exists():
             parts.append(table(runs.read_results(path)))
         for path in sorted((folder / "figures").glob(f"{name[:2]}_*.png")):
-            text, data = escape(_titles(path)), base64.b64encode(path.read_bytes()).decode()
+            text, data = plain(_titles(path)), base64.b64encode(path.read_bytes()).decode()
             image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
             parts.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
     return "\n\n".join(parts)
@@ -172,8 +178,9 @@ def _provenance(results: Path) -> str:
         columns[path.stem] = pd.json_normalize(source | {"versions": versions}, sep=" ").iloc[0].to_dict()
     text = pd.DataFrame(columns).map(lambda x: ", ".join(dict.fromkeys(map(str, x))) if isinstance(x, list) else x)
     with pd.option_context("display.max_colwidth", None):
-        table = text.fillna("").to_html(border=0)
-    return f"# Settings and provenance\n\nOne column a results file of `{results.parent.name}/results`.\n\n{table}"
+        lines = text.fillna("").to_html(border=0).replace("$", "&#36;").splitlines()
+    table = "\n".join(filter(str.strip, lines))  # a blank line would end it
+    return f"# Settings and provenance\n\nOne column a results file of {plain(results.parent.name)}.\n\n{table}"
 
 
 def _mathml(match: re.Match[str]) -> str:

@@ -13,6 +13,7 @@ import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
 
+from ..train import checked
 from . import runs, store
 from .settings import PROFILES, Settings, literal, settings
 
@@ -38,9 +39,9 @@ class NotebookError(RuntimeError):
     """A notebook stopped with an error; the message names both."""
 
 
-def parameters(notebook: Path) -> list[str]:
-    """Names in the notebook's cell tagged `parameters`."""
-    return list(papermill.inspect_notebook(notebook))
+def parameters(notebook: Path) -> dict[str, Any]:
+    """Name → default in the notebook's cell tagged `parameters`."""
+    return dict(literal(f"{name}={p['default']}") for name, p in papermill.inspect_notebook(notebook).items())
 
 
 def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only: Sequence[str] = NOTEBOOKS,
@@ -60,6 +61,9 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
         if key in ("PROFILE", "OUT") or not any(key in known for known in names.values()):
             everything = sorted({key for known in names.values() for key in known} - {"PROFILE", "OUT"})
             raise ValueError(f"no notebook has a parameter {key!r}: there are {', '.join(everything)}")
+        for default in [known[key] for known in names.values() if key in known and not hasattr(Settings, key)]:
+            if overrides[key] is not default:  # None, which stands for no text
+                checked(key, overrides[key], "" if default is None else default, low=int(bool(default)))
     for fit in {name == FIT for name in only}:
         known = {key for name in only for key in names[name] if (name == FIT) == fit and hasattr(Settings, key)}
         settings(profile, fit=fit, **{key: value for key, value in overrides.items() if key in known})
@@ -78,7 +82,7 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
     return folder
 
 
-def _run_all(profile: str, folder: Path, overrides: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> None:
+def _run_all(profile: str, folder: Path, overrides: Mapping[str, Any], names: Mapping[str, Mapping[str, Any]]) -> None:
     files = [*Path(__file__).parent.parent.rglob("*.py"), *FOLDER.glob("*.py")]
     library = store.digest(*(path.read_bytes() for path in sorted(files)))
     for name in names:

@@ -23,10 +23,12 @@ STEPS = {"data": "01_prepare_the_data.ipynb", "sft": "02_train_sft.ipynb", "flow
 
 
 def output_dir(profile: str, out: str | None) -> Path:
-    """The folder of a run: `out`, or runs/<profile>; a relative path counts from the project's root.
-    Raises ValueError for an unknown profile."""
+    """The folder of a run: `out`, or runs/<profile>; a relative path counts from the project's root. ValueError for an
+    unknown profile, and for the root itself (such as ""), whose notebooks and data would be taken for the run's."""
     settings(profile)
-    path = store.ROOT / (out or f"runs/{profile}")
+    path = store.ROOT / (f"runs/{profile}" if out is None else str(out))
+    if path.resolve() == store.ROOT.resolve():
+        raise ValueError(f"OUT is {str(out)!r}, the project's own folder: name another, or leave it out")
     path.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -1,8 +1,8 @@
 """The settings of every notebook: one class, one table of profiles, one way to override."""
 
+import argparse
 import ast
 from dataclasses import dataclass, fields, replace
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -26,39 +26,40 @@ class Settings(TrainSettings):
     split: str = setting("leave-one-out", choices=("leave-one-out", "time"))  # "time": a global 8:1:1 split by time
     max_items: int = 0  # the most interacted items only (0: all)
     max_users: int = 0  # the first users only (0: all)
-    preference_size: int = setting(64, low=2)  # width of the preference model p_ui
+    preference_size: int = setting(64, low=2, high=10_000)  # width of the preference model p_ui
     preference_epochs: float = 30.0  # passes over the sequences that train it
     # training (notebooks 02 and 03)
     reweight: bool = False  # IFairLRS: targets weigh in by their popularity group; meant for rows="target"
     counts: str = setting("true", choices=("true", "windowed"))  # "windowed": counts of the official code
-    alpha: float = setting(-0.5, low=-inf)  # of (count + 1)^alpha in the reward: 1 is the paper's
+    alpha: float = setting(-0.5, low=-100, high=100)  # of (count + 1)^alpha in the reward: 1 is the paper's
     # decoding (notebook 04)
-    n_beams: int = setting(10, low=1)
+    n_beams: int = setting(10, low=1, high=10_000)
     test_rows: int = 0  # test rows to recommend for (0: all)
     decode_batch: int = setting(16, low=1)  # prompts decoded at a time
     # fits (notebook 05)
     n_seeds: int = setting(2, low=1)  # repetitions of each method there, of SFT and Flower-KL in notebook 07
     counts_path: str = ""  # table title → count (CSV, JSON, Parquet); "" takes the ratings of MovieLens-100K
     prompt: str = "Recommend a movie. Title:\n"
-    target_alpha: float = setting(1.0, low=-inf)  # the reward is count^target_alpha
+    target_alpha: float = setting(1.0, low=-100, high=100)  # the reward is count^target_alpha
     n_titles: int = 100  # the most frequent titles: the small catalogue, for every method (0: all)
     min_count: int = 10  # all titles with this count: the large catalogue, for large_method (0: none)
-    methods: tuple[str, ...] = ("exact_ce", "subtree_ce", "sft", "subtb", "dpo", "rloo")
-    fit_paths: tuple[str, ...] = ("reward",)  # where SubTB, TB and DB look: reward, policy, schedule
+    methods: tuple[str, ...] = setting(
+        ("exact_ce", "subtree_ce", "sft", "subtb", "dpo", "rloo"), low=1, choices=FIT_LOSSES + PREFERENCE_LOSSES)
+    fit_paths: tuple[str, ...] = setting(("reward",), low=1, choices=FIT_PATHS)  # where SubTB, TB and DB look
     budget: int = setting(24_000, low=1)  # tokens through the tuned layers
     longer: int = 3  # SubTB once more with so many times the budget (0: not)
-    fit_titles: int = setting(32, low=1)  # titles a step
+    fit_titles: int = setting(32, low=1, high=10_000)  # titles a step
     large_method: str = setting("subtree_ce", choices=FIT_LOSSES)
     large_budget: int = setting(150_000, low=1)
-    large_titles: int = setting(128, low=1)
+    large_titles: int = setting(128, low=1, high=10_000)
     penalty: float = 1.0  # on the mass off the tree, for modified_subtb, which does not see it
     kl_weight: float = setting(0.1, low=1e-9)  # of DPO's and RLOO's divergence from their reference
-    preference_titles: int = setting(8, low=2)  # titles a step of DPO (in pairs) and RLOO
-    preference_learning_rate: float = setting(1e-4, low=1e-12)
+    preference_titles: int = setting(8, low=2, high=10_000)  # titles a step of DPO (in pairs) and RLOO
+    preference_learning_rate: float = setting(1e-4, low=1e-12, high=1)
     n_draws: int = 2000  # titles drawn from the models of the first seed on the small catalogue (0: none)
     # comparison (notebook 07)
     sweep: tuple[tuple[float, float], ...] = ((0, 0.5), (-0.5, 0.5), (-0.5, 0.1), (-1, 0.5))  # Flower-KL's alpha, theta
-    flower_rewards: tuple[str, ...] = ("none", "div", "add")  # Flower's, each with alpha and theta of the paper
+    flower_rewards: tuple[str, ...] = setting(("none", "div", "add"), choices=("none", "div", "add"))  # the paper's
     guides: tuple[float, ...] = (0.3, 0.5, 0.7)  # weights of D3's preference, tried on validation users
     temperature: float = setting(1.5, low=1e-9)  # of the baseline "Temperature" (the paper's)
     one_target: bool = True  # IFairLRS, and SFT beside it, on one-target rows of equally many tokens
@@ -67,33 +68,15 @@ class Settings(TrainSettings):
     exact_users: int = 24  # test users whose distribution over the whole catalogue is computed (0: none)
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a value has the wrong type or is out of its range. Lists become tuples."""
-        for f in fields(self):
-            value, kind = getattr(self, f.name), type(f.default)
-            if kind is tuple and isinstance(value, (list, tuple)):  # lists in JSON and notebooks
-                value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
-            elif kind is float and type(value) is int:
-                value = float(value)
-            if type(value) is not kind:
-                raise ValueError(f"setting {f.name} takes a {kind.__name__.replace('tuple', 'list')}, not {value!r}")
-            object.__setattr__(self, f.name, value)
         super().__post_init__()
-        if abs(self.alpha) == inf or abs(self.target_alpha) == inf:
-            raise ValueError(f"alpha is {self.alpha} and target_alpha {self.target_alpha}: both must be finite")
-        paper = ("none", "div", "add")
-        allowed = {"methods": FIT_LOSSES + PREFERENCE_LOSSES, "fit_paths": FIT_PATHS, "flower_rewards": paper}
-        for name, choices in allowed.items():
-            unknown = [value for value in getattr(self, name) if value not in choices]
-            if unknown:
-                raise ValueError(f"{name} has {unknown[0]!r}: choose of {', '.join(choices)}")
         if not self.guides or not all(isinstance(w, (int, float)) and 0 <= w <= 1 for w in self.guides):
             raise ValueError(f"guides is {list(self.guides)}: name one weight from 0 to 1 at least")
         try:
-            good = self.sweep and all(-inf < alpha < inf and 0 <= theta <= 1 for alpha, theta in self.sweep)
+            good = self.sweep and all(-100 <= alpha <= 100 and 0 <= theta <= 1 for alpha, theta in self.sweep)
         except (TypeError, ValueError):  # no numbers, no pairs
             good = False
         if not good:
-            raise ValueError(f"sweep is {list(self.sweep)}: write [[alpha, theta], …] with theta from 0 to 1")
+            raise ValueError(f"sweep is {[*self.sweep]}: write [[alpha, theta], …], |alpha| ≤ 100, theta from 0 to 1")
 
 
 PROFILES: dict[str, Settings] = {
@@ -147,17 +130,18 @@ def settings(profile: str, after: str | Path | None = None, fit: bool = False, *
         if base.profile != profile:
             raise ValueError(f"{path.parent} was made with PROFILE {base.profile!r}, not {profile!r}: give another OUT")
     names = [f.name for f in fields(base) if f.name != "profile"]
-    for name in overrides:
-        if name not in names:
-            raise ValueError(f"unknown setting {name!r}: the settings are {', '.join(names)}")
+    if unknown := [name for name in overrides if name not in names]:
+        raise ValueError(f"unknown setting {unknown[0]!r}: the settings are {', '.join(names)}")
     own = {name: value for name, value in overrides.items() if value is not None}
     return replace(base, **(FIT[profile] if fit else {}) | own)
 
 
 def literal(text: str) -> tuple[str, Any]:
     """NAME=VALUE of a command line as name and Python literal; what is no literal stays text."""
-    name, _, value = text.partition("=")
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last three: {[]: 1} and ((((…
         return name, value
