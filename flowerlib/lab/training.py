@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import shutil
-import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import data
-from ..model import Backbone, Catalogue, split_layers
-from ..train import OF_FLOWER, Objective, Rows, TrainSettings, collate, training_rows, validation_rows
-from ..tree import left_padded, positions
+from ..model import Backbone, Catalogue, context_limit, open_backbone, split_layers
+from ..train import OF_FLOWER, Objective, Rows, TrainSettings, collate, make_rows, training_rows, validation_rows
+from ..tree import Beams, PackedTree, beam_search, left_padded, positions
 from . import sources, store
 
 
@@ -211,8 +212,8 @@ def finetune(
         and the folder of this training.
 
     Raises:
-        ValueError: a title or a row is longer than the model's context; sampled paths behind frozen layers; a reward
-            that is not positive; a batch that does not part evenly over the processes.
+        ValueError: a title or a row is longer than the model's context; `dry_run` fails; sampled paths behind frozen
+            layers; a reward that is not positive; a batch that does not part evenly over the processes.
     """
     settings = settings if log_item_rewards is not None else replace(settings, theta=1.0)
     if settings.theta < 1 and settings.frozen_layers and settings.paths != "logged":
@@ -227,13 +228,15 @@ def finetune(
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         return pd.DataFrame(record["log"]), folder
     rows, valid = training_rows(catalogue, tables, settings), validation_rows(catalogue, tables, settings)
-    _check_lengths(model, catalogue, (rows, valid))
+    test = make_rows(catalogue, data.row_positions(tables, tables.test)[0], [[]] * len(tables.test))
+    _check_lengths(model, catalogue, (rows, valid, test))
     rewards = torch.zeros(catalogue.trie.n_items) if log_item_rewards is None else log_item_rewards
     start, arguments = time.perf_counter(), _arguments(settings, folder / "checkpoints", len(rows))
     objective = Objective(catalogue.trie, rewards, settings, preference, leaf_weights, arguments.device)
     tuned = model.to(arguments.device)
-    set_seed(settings.seed)
     with arguments.main_process_first():  # where several processes train
+        dry_run(settings, catalogue.titles, cache)
+        set_seed(settings.seed)
         last = last_checkpoint(folder / "checkpoints")
         if settings.frozen_layers:
             trunk, tuned = split_layers(model, settings.frozen_layers)
@@ -273,16 +276,99 @@ def finetune(
 
 def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, parts: Sequence[Rows]) -> None:
     """Refuses a title or a row that is longer than the model's context."""
-    limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    limit = context_limit(model)
     item, sequence = max(enumerate(catalogue.sequences), key=lambda pair: len(pair[1]))
     if len(catalogue.context([])) + len(sequence) > limit:
         raise ValueError(
             f"item {item}, {catalogue.titles[item][:60]!r}, has {len(sequence)} tokens; prompt and title together may "
-            f"have {limit}: shorten the title"
+            f"have {limit}, the model's context or sliding window: shorten the title, or take another model"
         )
     longest = max(len(ids) for rows in parts for ids in rows.input_ids) + catalogue.trie.max_depth
     if longest > limit:
         raise ValueError(f"a row may grow to {longest} tokens and the model reads {limit}: lower max_history")
+
+
+def dry_run(settings: TrainSettings, titles: Sequence[str], cache: Path, prompt: str | None = None) -> None:
+    """Tries all that is done with a model on six of the titles and a copy opened for this, before anything is trained:
+    every two ways to compute the same log π must agree within 1e-3 nats. What went well is remembered in `cache`.
+
+    Raises ValueError where they differ or one of them fails; the message names settings that do work, if any.
+    """
+    origin = {name: getattr(settings, name) for name in ("frozen_layers", "tuned_layers", "cut_vocabulary", "rows")}
+    origin |= {"base": base_digest(sources.model_folder(settings.model)), "prompt": prompt,
+               "transformers": version("transformers"), "commit": store.commit()}
+    path, start, few = cache / f"dry_run-{store.digest(origin)}.json", time.perf_counter(), sorted(set(titles))[:6]
+    if store.find(path, origin) is not None:
+        return
+    cache.mkdir(parents=True, exist_ok=True)
+    if wrong := _wrong(settings, few, cache, prompt):
+        words, layers = {"cut_vocabulary": False}, {"frozen_layers": 0, "tuned_layers": 0}
+        others = [cure for cure in (words, layers, words | layers) if replace(settings, **cure) != settings]
+        able = (cure for cure in others if not _wrong(replace(settings, **cure), few, cache, prompt))
+        do = ", ".join(f"set {name} to {value}" for name, value in next(able, {}).items()) or "take another model"
+        raise ValueError(f"{settings.model} cannot be used with these settings, {wrong}: {do}")
+    store.keep(path, origin, store.provenance(asdict(settings), time.perf_counter() - start))
+
+
+@torch.no_grad()
+def _wrong(settings: TrainSettings, titles: Sequence[str], cache: Path, prompt: str | None) -> str:
+    """What goes wrong with the model under these settings, or ""."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".dry_run.", dir=cache) as folder:
+            for ways, one, other in _ways(settings, titles, Path(folder), prompt):
+                gap = (one.double() - other.double()).abs().max()
+                if not gap <= 1e-3:  # NaN too
+                    return f"{ways} differ by {gap:.2g} nats"
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        return f"the dry run fails with {type(error).__name__}, {' '.join(str(error).split())[:160]}"
+    return ""
+
+
+def _ways(
+    settings: TrainSettings, titles: Sequence[str], folder: Path, prompt: str | None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Two ways at a time to compute the same log π, and what they give; the model is saved in `folder`."""
+    uncut = replace(settings, frozen_layers=0, tuned_layers=0, cut_vocabulary=False)
+    lm, tokenizer, catalogue = sources.open_backbone(settings, titles, prompt)
+    trie, histories, n_frozen = catalogue.trie, ([], [0, -1]), settings.frozen_layers
+    if settings.tuned_layers or settings.cut_vocabulary:
+        original, words, _ = sources.open_backbone(uncut, titles, prompt)
+        if settings.tuned_layers:
+            for layer in original.get_decoder().layers[n_frozen : -settings.tuned_layers]:
+                layer.forward = lambda hidden_states, *_, **__: hidden_states
+        ids = torch.tensor([catalogue.context([0, -1]) + catalogue.sequences[0]])
+        cut = lm(ids).logits
+        names = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), cut.shape[-1])))
+        kept = torch.tensor(words.convert_tokens_to_ids(names))
+        both = cut[..., : len(kept)].log_softmax(-1), original(kept[ids]).logits[..., kept].log_softmax(-1)
+        yield "the model cut to size and the original", *both
+        del original
+    lm.get_output_embeddings().weight.mul_(1.1)  # as a training would change it
+    plain = [_plain(lm, catalogue, history) for history in histories]
+    searches = [Beams(len(trie.leaves), seen_allowed=True)] * 16  # side by side, as far apart as in a run
+    leaves, scores = map(torch.from_numpy, beam_search(lm, catalogue, histories, searches)[-1])
+    paths = trie.paths(trie.leaves)
+    for i, history in enumerate(histories):
+        tree = PackedTree(lm, trie, catalogue.context(history), n_frozen)
+        tree.model.eval()
+        yield "the packed tree and plain forward passes", tree.log_probs()[paths[paths >= 0]], torch.cat(plain[i])
+        expected = torch.stack([log_pi.sum() for log_pi in plain[i]])[leaves[i]]
+        yield "beam search and plain forward passes", scores[i], expected
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del lm, tree  # memory for one
+    saved = open_backbone(uncut, titles, folder, prompt)
+    again = [x for history in histories for x in _plain(saved.model, saved.catalogue, history)]
+    yield "the saved model and the one in memory", torch.cat(again), torch.cat(sum(plain, []))
+
+
+def _plain(lm: PreTrainedModel, catalogue: Catalogue, history: Sequence[int]) -> list[Tensor]:
+    """log π of every title's tokens after a history: one forward pass a title, without padding, mask or cache."""
+    context, log_pi = catalogue.context(history), []
+    for sequence in catalogue.sequences:
+        logits = lm(torch.tensor([context + sequence])).logits[0, len(context) - 1 : -1]
+        log_pi.append(logits.log_softmax(-1)[range(len(sequence)), sequence])
+    return log_pi
 
 
 def last_checkpoint(folder: Path) -> str | None:
