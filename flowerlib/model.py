@@ -63,17 +63,14 @@ class Catalogue:
             category: what the prompt calls an item ("movie").
             rows: "sequence" (a list of titles that simply goes on) or "target" (an instruction, one title as answer).
 
-        The terminator is the newline's token, without the blank that SentencePiece puts before it; a tokenizer that has
-        none ends titles by its end-of-text token.
-
-        Raises ValueError where it has neither, a title encodes to nothing or holds the terminator, or two different
-        titles have the same tokens.
+        The terminator is the newline's token (without the blank that SentencePiece puts before it), else the end of text.
+        Raises ValueError where the tokenizer has neither, a title encodes to nothing or holds the terminator, or two
+        different titles have the same tokens.
         """
 
         texts = [*titles, "\n", *prompt_texts(category, rows)]
         *encoded, newline, header, separator, footer = tokenizer(texts, add_special_tokens=False).input_ids
-        known = newline != [tokenizer.unk_token_id] and (len(newline) == 1 or tokenizer.decode(newline[-1:]) == "\n")
-        end = newline[-1] if known else tokenizer.eos_token_id
+        end = newline[-1] if tokenizer.decode(newline[-1:]) == "\n" else tokenizer.eos_token_id
         if end is None:
             raise ValueError("the tokenizer has no token for the newline nor for the end of a text: take another model")
         separator = [end] if rows == "sequence" else separator
@@ -219,9 +216,8 @@ def keep_layers(model: PreTrainedModel, n_lower: int, n_upper: int) -> None:
     places = [*range(n_lower), *range(n - n_upper, n)]
     base.layers = nn.ModuleList(base.layers[i] for i in places)
     for new, layer in enumerate(base.layers):
-        for part in layer.modules():
-            if hasattr(part, "layer_idx"):
-                part.layer_idx = new
+        for part in (part for part in layer.modules() if hasattr(part, "layer_idx")):
+            part.layer_idx = new
     _take_layers(model.config, places)
 
 
@@ -284,14 +280,11 @@ def split_layers(model: PreTrainedModel, n_frozen: int) -> tuple[nn.Module, PreT
     lower, rest = range(n_frozen), range(n_frozen, len(base.layers))
     with torch.device("meta"):
         trunk = type(base)(_take_layers(copy.deepcopy(base.config), lower))
-        above = _take_layers(copy.deepcopy(model.config), rest)
-        if hasattr(above, "embedding_multiplier"):  # Granite's: the trunk has applied it
-            above.embedding_multiplier = 1.0
-        upper = type(model)(above)
+        upper = type(model)(_take_layers(copy.deepcopy(model.config), rest))
     for part, layers in ((trunk, lower), (upper.get_decoder(), rest)):
         part.embed_tokens, part.norm, part.rotary_emb = base.embed_tokens, base.norm, base.rotary_emb
         part.layers = nn.ModuleList(base.layers[i] for i in layers)
-    trunk.norm = nn.Identity()
+    trunk.norm, upper.get_decoder().embedding_multiplier = nn.Identity(), 1.0  # Granite's: the trunk has applied it
     trunk.config.use_cache = upper.config.use_cache = False
     upper.set_output_embeddings(model.get_output_embeddings())
     trunk.requires_grad_(False).eval()
@@ -320,10 +313,8 @@ def _set_embeddings(model: PreTrainedModel, ids: torch.Tensor) -> None:
     are there: Gemma's scales what it looks up."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     inner, outer = (layer.weight.detach()[ids].clone() for layer in (embedding, head))
-    config = model.config.get_text_config()
-    model.config.tie_word_embeddings = config.tie_word_embeddings = False
-    config.vocab_size = model.vocab_size = embedding.num_embeddings = head.out_features = len(ids)
-    embedding.weight, embedding.padding_idx = nn.Parameter(inner), None
-    head.weight = nn.Parameter(outer)
+    model.config.tie_word_embeddings, embedding.padding_idx = False, None
+    model.config.vocab_size = model.vocab_size = embedding.num_embeddings = head.out_features = len(ids)
+    embedding.weight, head.weight = nn.Parameter(inner), nn.Parameter(outer)
     if head.bias is not None:
         head.bias = nn.Parameter(head.bias.detach()[ids])

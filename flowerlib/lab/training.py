@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
-    PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging, set_seed,
+    PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, __version__, logging, set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -296,7 +295,7 @@ def dry_run(settings: TrainSettings, titles: Sequence[str], cache: Path, prompt:
     """
     origin = {name: getattr(settings, name) for name in ("frozen_layers", "tuned_layers", "cut_vocabulary", "rows")}
     origin |= {"base": base_digest(sources.model_folder(settings.model)), "prompt": prompt,
-               "transformers": version("transformers"), "commit": store.commit()}
+               "transformers": __version__, "commit": store.commit()}
     path, start, few = cache / f"dry_run-{store.digest(origin)}.json", time.perf_counter(), sorted(set(titles))[:6]
     if store.find(path, origin) is not None:
         return
@@ -305,7 +304,7 @@ def dry_run(settings: TrainSettings, titles: Sequence[str], cache: Path, prompt:
         words, layers = {"cut_vocabulary": False}, {"frozen_layers": 0, "tuned_layers": 0}
         others = [cure for cure in (words, layers, words | layers) if replace(settings, **cure) != settings]
         able = (cure for cure in others if not _wrong(replace(settings, **cure), few, cache, prompt))
-        do = ", ".join(f"set {name} to {value}" for name, value in next(able, {}).items()) or "take another model"
+        do = " and ".join(f"set {name} to {value}" for name, value in next(able, {}).items()) or "take another model"
         raise ValueError(f"{settings.model} cannot be used with these settings, {wrong}: {do}")
     store.keep(path, origin, store.provenance(asdict(settings), time.perf_counter() - start))
 
@@ -324,9 +323,7 @@ def _wrong(settings: TrainSettings, titles: Sequence[str], cache: Path, prompt: 
     return ""
 
 
-def _ways(
-    settings: TrainSettings, titles: Sequence[str], folder: Path, prompt: str | None
-) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _ways(settings: TrainSettings, titles: Sequence[str], folder: Path, prompt: str | None) -> Iterator[tuple]:
     """Two ways at a time to compute the same log π, and what they give; the model is saved in `folder`."""
     uncut = replace(settings, frozen_layers=0, tuned_layers=0, cut_vocabulary=False)
     lm, tokenizer, catalogue = sources.open_backbone(settings, titles, prompt)
@@ -337,23 +334,22 @@ def _ways(
             for layer in original.get_decoder().layers[n_frozen : -settings.tuned_layers]:
                 layer.forward = lambda hidden_states, *_, **__: hidden_states
         ids = torch.tensor([catalogue.context([0, -1]) + catalogue.sequences[0]])
-        cut = lm(ids).logits
-        names = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), cut.shape[-1])))
+        names = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), lm.config.vocab_size)))
         kept = torch.tensor(words.convert_tokens_to_ids(names))
-        both = cut[..., : len(kept)].log_softmax(-1), original(kept[ids]).logits[..., kept].log_softmax(-1)
-        yield "the model cut to size and the original", *both
+        logits = lm(ids).logits[..., : len(kept)], original(kept[ids]).logits[..., kept]
+        yield "the model cut to size and the original", *(x.log_softmax(-1) for x in logits)
         del original
     lm.get_output_embeddings().weight.mul_(1.1)  # as a training would change it
     plain = [_plain(lm, catalogue, history) for history in histories]
-    searches = [Beams(len(trie.leaves), seen_allowed=True)] * 16  # side by side, as far apart as in a run
+    searches = [Beams(len(trie.leaves), seen_allowed=True)] * 32  # side by side, as far apart as in a run
     leaves, scores = map(torch.from_numpy, beam_search(lm, catalogue, histories, searches)[-1])
+    totals = torch.tensor([[log_pi.sum() for log_pi in of_titles] for of_titles in plain])
+    yield "beam search and plain forward passes", scores, totals.gather(1, leaves)
     paths = trie.paths(trie.leaves)
-    for i, history in enumerate(histories):
+    for history, of_titles in zip(histories, plain):
         tree = PackedTree(lm, trie, catalogue.context(history), n_frozen)
         tree.model.eval()
-        yield "the packed tree and plain forward passes", tree.log_probs()[paths[paths >= 0]], torch.cat(plain[i])
-        expected = torch.stack([log_pi.sum() for log_pi in plain[i]])[leaves[i]]
-        yield "beam search and plain forward passes", scores[i], expected
+        yield "the packed tree and plain forward passes", tree.log_probs()[paths[paths >= 0]], torch.cat(of_titles)
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     del lm, tree  # memory for one
