@@ -230,11 +230,12 @@ def finetune(
     test = make_rows(catalogue, data.row_positions(tables, tables.test)[0], [[]] * len(tables.test))
     _check_lengths(model, catalogue, (rows, valid, test))
     rewards = torch.zeros(catalogue.trie.n_items) if log_item_rewards is None else log_item_rewards
-    start, arguments = time.perf_counter(), _arguments(settings, folder / "checkpoints", len(rows))
+    arguments = _arguments(settings, folder / "checkpoints", len(rows))
     objective = Objective(catalogue.trie, rewards, settings, preference, leaf_weights, arguments.device)
     tuned = model.to(arguments.device)
     with arguments.main_process_first():  # where several processes train
         dry_run(settings, catalogue.titles, cache)
+        start = time.perf_counter()
         set_seed(settings.seed)
         last = last_checkpoint(folder / "checkpoints")
         if settings.frozen_layers:
@@ -360,11 +361,9 @@ def _ways(settings: TrainSettings, titles: Sequence[str], folder: Path, prompt: 
 
 def _plain(lm: PreTrainedModel, catalogue: Catalogue, history: Sequence[int]) -> list[Tensor]:
     """log π of every title's tokens after a history: one forward pass a title, without padding, mask or cache."""
-    context, log_pi = catalogue.context(history), []
-    for sequence in catalogue.sequences:
-        logits = lm(torch.tensor([context + sequence])).logits[0, len(context) - 1 : -1]
-        log_pi.append(logits.log_softmax(-1)[range(len(sequence)), sequence])
-    return log_pi
+    context = catalogue.context(history)
+    logits = [lm(torch.tensor([context + ids])).logits[0, len(context) - 1 : -1] for ids in catalogue.sequences]
+    return [part.log_softmax(-1)[range(len(ids)), ids] for part, ids in zip(logits, catalogue.sequences)]
 
 
 def last_checkpoint(folder: Path) -> str | None:
