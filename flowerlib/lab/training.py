@@ -245,10 +245,7 @@ def finetune(
                 for part, name in ((rows, "train"), (valid, "valid")):
                     run_trunk(part, trunk, cache, f"{name}_bfloat16" if arguments.bf16 else name)
     if settings.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        rank = settings.lora_rank
-        tuned = get_peft_model(tuned, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+        tuned = with_lora(tuned, settings.lora_rank)
     logging.set_verbosity_error()
     trainer = FlowerTrainer(
         tuned, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()], objective=objective
@@ -274,6 +271,12 @@ def finetune(
     return log, folder
 
 
+def with_lora(model: PreTrainedModel, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
 def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, parts: Sequence[Rows]) -> None:
     """Refuses a title or a row that is longer than the model's context."""
     limit = context_limit(model)
@@ -294,7 +297,8 @@ def dry_run(settings: TrainSettings, titles: Sequence[str], cache: Path, prompt:
 
     Raises ValueError where they differ or one of them fails; the message names settings that do work, if any.
     """
-    origin = {name: getattr(settings, name) for name in ("frozen_layers", "tuned_layers", "cut_vocabulary", "rows")}
+    names = ("frozen_layers", "tuned_layers", "cut_vocabulary", "rows", "lora_rank")
+    origin = {name: getattr(settings, name) for name in names}
     origin |= {"base": base_digest(sources.model_folder(settings.model)), "prompt": prompt,
                "transformers": __version__, "commit": store.commit()}
     path, start, few = cache / f"dry_run-{store.digest(origin)}.json", time.perf_counter(), sorted(set(titles))[:6]
@@ -303,7 +307,8 @@ def dry_run(settings: TrainSettings, titles: Sequence[str], cache: Path, prompt:
     cache.mkdir(parents=True, exist_ok=True)
     if wrong := _wrong(settings, few, cache, prompt):
         words, layers = {"cut_vocabulary": False}, {"frozen_layers": 0, "tuned_layers": 0}
-        others = [cure for cure in (words, layers, words | layers) if replace(settings, **cure) != settings]
+        cures = ({"lora_rank": 0}, words, layers, words | layers)
+        others = [cure for cure in cures if replace(settings, **cure) != settings]
         able = (cure for cure in others if not _wrong(replace(settings, **cure), few, cache, prompt))
         do = " and ".join(f"set {name} to {value}" for name, value in next(able, {}).items()) or "take another model"
         raise ValueError(f"{settings.model} cannot be used with these settings, {wrong}: {do}")
@@ -340,6 +345,9 @@ def _ways(settings: TrainSettings, titles: Sequence[str], folder: Path, prompt: 
         logits = lm(ids).logits[..., : len(kept)], original(kept[ids]).logits[..., kept]
         yield "the model cut to size and the original", *(x.log_softmax(-1) for x in logits)
         del original
+    if settings.lora_rank:
+        _plain(adapted := with_lora(lm, settings.lora_rank), catalogue, [])  # it runs, and is merged
+        lm = adapted.merge_and_unload()
     lm.get_output_embeddings().weight.mul_(1.1)  # as a training would change it
     plain = [_plain(lm, catalogue, history) for history in histories]
     searches = [Beams(len(trie.leaves), seen_allowed=True)] * 32  # side by side, as far apart as in a run

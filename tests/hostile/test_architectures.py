@@ -268,11 +268,11 @@ def test_right_or_refused(tmp_path, name):
 OUTCOMES = {}
 UNSPLIT = ("frozen", "frozen, cut", "LoRA, frozen, cut")  # no embed_tokens, layers, norm and rotary_emb
 REFUSED = dict.fromkeys(
-    ("GPT-2", "GPT-NeoX", "OPT", "GPT-J", "Phi", "Falcon", "AFMoE", "Llama 4", "XGLM", "CodeGen", "BioGPT"), UNSPLIT
+    ("GPT-2", "GPT-NeoX", "OPT", "GPT-J", "Phi", "Falcon", "AFMoE", "XGLM", "CodeGen", "BioGPT"), UNSPLIT
 ) | dict.fromkeys(
     ("Mistral, short window", "Gemma 3, short window", "Bloom", "Mamba", "GPT-Neo", "MPT", "Mamba 2", "Qwen3-Next",
      "RecurrentGemma", "LFM2"), tuple(COLUMNS)
-)
+) | {"Llama 4": (*UNSPLIT, "LoRA")}
 
 
 @pytest.fixture(scope="module", autouse=True)
