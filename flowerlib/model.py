@@ -63,7 +63,7 @@ class Catalogue:
             category: what the prompt calls an item ("movie").
             rows: "sequence" (a list of titles that simply goes on) or "target" (an instruction, one title as answer).
 
-        The terminator is the newline's token (without the blank that SentencePiece puts before it), else the end of text.
+        The terminator is the newline's token (without a blank that SentencePiece puts before it), else the end of text.
         Raises ValueError where the tokenizer has neither, a title encodes to nothing or holds the terminator, or two
         different titles have the same tokens.
         """
