@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,8 +17,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast,
-    set_seed,
+    AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel,
+    PreTrainedTokenizerFast, set_seed,
 )
 
 from .data import item_leaves
@@ -61,17 +63,20 @@ class Catalogue:
             category: what the prompt calls an item ("movie").
             rows: "sequence" (a list of titles that simply goes on) or "target" (an instruction, one title as answer).
 
-        Raises ValueError where the newline is not one token, a title encodes to nothing or holds the terminator, or two
+        The terminator is the newline's token (without a blank that SentencePiece puts before it), else the end of text.
+        Raises ValueError where the tokenizer has neither, a title encodes to nothing or holds the terminator, or two
         different titles have the same tokens.
         """
 
         texts = [*titles, "\n", *prompt_texts(category, rows)]
-        *encoded, end, header, separator, footer = tokenizer(texts, add_special_tokens=False).input_ids
-        if len(end) != 1:
-            raise ValueError("this tokenizer has no token of its own for the newline that ends a title")
-        sequences = [[*ids, *end] for ids in encoded]
+        *encoded, newline, header, separator, footer = tokenizer(texts, add_special_tokens=False).input_ids
+        end = newline[-1] if tokenizer.decode(newline[-1:]) == "\n" else tokenizer.eos_token_id
+        if end is None:
+            raise ValueError("the tokenizer has no token for the newline nor for the end of a text: take another model")
+        separator = [end] if rows == "sequence" else separator
+        sequences = [[*ids, end] for ids in encoded]
         for i, ids in enumerate(sequences):
-            if len(ids) == 1 or end[0] in ids[:-1]:
+            if len(ids) == 1 or end in ids[:-1]:
                 raise ValueError(f"item {i} has the title {titles[i]!r}, which is empty or holds a newline: clean it")
         trie = TitleTrie.from_sequences(sequences)
         differs = trie.item_leaf.numpy() != item_leaves(titles)
@@ -82,7 +87,7 @@ class Catalogue:
                 f"the tokenizer reads item {i}, {titles[i]!r}, and {other!r} as the same tokens: give both one title, "
                 "or take a model whose tokenizer tells them apart"
             )
-        eos = tokenizer.eos_token_id if rows == "target" else None
+        eos = tokenizer.eos_token_id if rows == "target" and tokenizer.eos_token_id != end else None
         return cls(list(titles), sequences, trie, header, separator, footer, eos)
 
     @property
@@ -211,7 +216,8 @@ def keep_layers(model: PreTrainedModel, n_lower: int, n_upper: int) -> None:
     places = [*range(n_lower), *range(n - n_upper, n)]
     base.layers = nn.ModuleList(base.layers[i] for i in places)
     for new, layer in enumerate(base.layers):
-        layer.self_attn.layer_idx = new
+        for part in (part for part in layer.modules() if hasattr(part, "layer_idx")):
+            part.layer_idx = new
     _take_layers(model.config, places)
 
 
@@ -229,7 +235,8 @@ def cut_vocabulary(
     spec["post_processor"] = None  # it names ids of special tokens around a text; no text here has any
     before = tokenizer(list(texts), add_special_tokens=False).input_ids
     names = {i: name for name, i in tokenizer.get_vocab().items()}
-    needed = {names[i] for ids in before for i in ids} | {name for name in names.values() if len(name) == 1}
+    alone = {name for name in names.values() if len(name) == 1 or re.fullmatch("<0x[0-9A-F]{2}>", name)}
+    needed = {names[i] for ids in before for i in ids} | alone
     special = {name: getattr(tokenizer, name) for name in ("eos_token", "pad_token", "bos_token", "unk_token")}
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in spec["model"]["merges"]]
     n_before = -1
@@ -254,6 +261,13 @@ def cut_vocabulary(
     return cut
 
 
+def context_limit(model: PreTrainedModel) -> int:
+    """How many tokens the model reads so that each sees all before it: its positions, or a shorter sliding window."""
+    config = model.config.get_text_config()
+    windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    return min(n for n in (getattr(config, "max_position_embeddings", None), *windows, sys.maxsize) if n)
+
+
 def split_layers(model: PreTrainedModel, n_frozen: int) -> tuple[nn.Module, PreTrainedModel]:
     """The model in two that share its weights: (trunk, upper).
 
@@ -265,12 +279,12 @@ def split_layers(model: PreTrainedModel, n_frozen: int) -> tuple[nn.Module, PreT
     base = _decoder(model)
     lower, rest = range(n_frozen), range(n_frozen, len(base.layers))
     with torch.device("meta"):
-        trunk = type(base)(_take_layers(copy.deepcopy(model.config), lower))
+        trunk = type(base)(_take_layers(copy.deepcopy(base.config), lower))
         upper = type(model)(_take_layers(copy.deepcopy(model.config), rest))
     for part, layers in ((trunk, lower), (upper.get_decoder(), rest)):
         part.embed_tokens, part.norm, part.rotary_emb = base.embed_tokens, base.norm, base.rotary_emb
         part.layers = nn.ModuleList(base.layers[i] for i in layers)
-    trunk.norm = nn.Identity()
+    trunk.norm, upper.get_decoder().embedding_multiplier = nn.Identity(), 1.0  # Granite's: the trunk has applied it
     trunk.config.use_cache = upper.config.use_cache = False
     upper.set_output_embeddings(model.get_output_embeddings())
     trunk.requires_grad_(False).eval()
@@ -284,19 +298,23 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
     return base
 
 
-def _take_layers(config, places: Sequence[int]):
-    config.num_hidden_layers = len(places)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in places]
+def _take_layers(config: PreTrainedConfig, places: Sequence[int]) -> PreTrainedConfig:
+    """The config of these layers alone, in place; every list with an entry a layer is cut with them."""
+    own = config.get_text_config()
+    n, own.num_hidden_layers = own.num_hidden_layers, len(places)
+    for name, values in list(vars(own).items()):
+        if isinstance(values, list) and len(values) == n and not name.endswith(("_id", "_ids")):
+            setattr(own, name, [values[i] for i in places])
     return config
 
 
 def _set_embeddings(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """Keeps these rows of the input and output embeddings, as two matrices of their own, in place."""
-    layers = model.get_input_embeddings(), model.get_output_embeddings()
-    inner, head = (layer.weight.detach()[ids] for layer in layers)
-    model.config.tie_word_embeddings = False
-    model.config.vocab_size = model.vocab_size = len(ids)
-    model.set_input_embeddings(nn.Embedding.from_pretrained(inner, freeze=False))
-    model.set_output_embeddings(nn.Linear(head.shape[1], len(ids), bias=False))
-    model.get_output_embeddings().weight = nn.Parameter(head)
+    """Keeps these rows of the input and output embeddings, as two matrices of their own, in place, in the modules that
+    are there: Gemma's scales what it looks up."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    inner, outer = (layer.weight.detach()[ids].clone() for layer in (embedding, head))
+    model.config.tie_word_embeddings, embedding.padding_idx = False, None
+    model.config.vocab_size = model.vocab_size = embedding.num_embeddings = head.out_features = len(ids)
+    embedding.weight, head.weight = nn.Parameter(inner), nn.Parameter(outer)
+    if head.bias is not None:
+        head.bias = nn.Parameter(head.bias.detach()[ids])

@@ -20,7 +20,7 @@ from . import data, losses
 from .losses import sft_loss, subpath_weights
 from .model import Catalogue
 from .rewards import preference_log_rewards, tilted
-from .tree import left_padded, pack, positions, sample_leaves
+from .tree import additive, left_padded, pack, positions, sample_leaves
 from .trie import TitleTrie
 
 NO_TARGET, EOS_TARGET = -1, -2  # values in a row's `nodes` where there is no node of the tree
@@ -251,6 +251,7 @@ class Objective:
             each = int((paths >= 0).sum(-1).max())
             paths = paths[:, :each].reshape(len(nodes), -1)  # (B, P * T)
             batch, predictor = self.packed(batch, paths, branch)
+            batch["attention_mask"] = additive(getattr(model, "module", model), batch["attention_mask"])
             nodes = torch.cat([nodes, paths], 1)
             before = torch.cat([before, before.gather(1, branch).repeat_interleave(each, 1)], 1)
         tokens = batch.pop("input_ids") if "inputs_embeds" in batch else batch["input_ids"]

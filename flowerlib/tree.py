@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn.functional import pad as padded
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
 from .data import clean_title, move_article
-from .model import Catalogue, load_trained, split_layers, trained_folder
+from .model import Catalogue, context_limit, load_trained, split_layers, trained_folder
 from .rewards import preference_log_rewards
 from .trie import TitleTrie, segment_logsumexp
 
@@ -74,6 +74,12 @@ def pack(trie: TitleTrie, attention_mask: Tensor, limit: Tensor, nodes: Tensor, 
     return {"attention_mask": (visible | itself)[:, None], "position_ids": torch.cat([position, behind], 1)}
 
 
+def additive(model: PreTrainedModel, visible: Tensor) -> Tensor:
+    """The mask as the model's attention takes it: bool, or numbers that eager attention adds to its scores."""
+    eager = model.config.get_text_config()._attn_implementation == "eager"
+    return (~visible).float() * torch.finfo(torch.float32).min if eager else visible
+
+
 class Prompts:
     """Rows of tokens that a model has read into a cache, and the nodes packed behind them so far. `logits`: (B, P, V)
     where each of the P groups begins."""
@@ -85,10 +91,12 @@ class Prompts:
         """branch: (B, P) how many columns of its row each group follows; None lets every group follow the whole row."""
         if branch is None:
             branch = torch.full((len(input_ids), 1), input_ids.shape[1], device=input_ids.device)
+        if (n := input_ids.shape[1] + trie.max_depth) > (limit := context_limit(model)):
+            raise ValueError(f"prompt and title may have {n} tokens and the model reads {limit}: shorten the history")
         self.model, self.trie, self.mask, self.branch = model, trie, attention_mask, branch
         position, (last, place) = positions(attention_mask), (branch - 1).unique(return_inverse=True)
         out = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position, use_cache=True,
-                    logits_to_keep=last)
+                    past_key_values=DynamicCache(), logits_to_keep=last)  # a cache that slides would lose the prompt
         self.logits = out.logits[torch.arange(len(branch), device=branch.device)[:, None], place]
         self.cache, self.position = out.past_key_values, position.gather(1, branch - 1)
         self.nodes = branch.new_zeros(len(branch), 0)
@@ -101,8 +109,8 @@ class Prompts:
         visible = seen_by_nodes(self.trie, self.mask, self.branch[:, of_branch], nodes, group, self.nodes, self.group)
         node = nodes.clamp(min=0)
         return self.model(
-            input_ids=self.trie.token[node].clamp(min=0), attention_mask=visible[:, None], past_key_values=self.cache,
-            position_ids=self.position[:, of_branch] + self.trie.depth[node], use_cache=True,
+            input_ids=self.trie.token[node].clamp(min=0), attention_mask=additive(self.model, visible[:, None]),
+            position_ids=self.position[:, of_branch] + self.trie.depth[node], past_key_values=self.cache, use_cache=True
         ).logits
 
 
@@ -152,6 +160,7 @@ class PackedTree:
         """What the model takes to read the prompt and the nodes behind it."""
         prompt, limit = nodes.new_ones(1, self.width), torch.full_like(nodes, self.width)[None]
         packed = pack(self.trie, prompt, limit, nodes[None], torch.zeros_like(nodes))
+        packed["attention_mask"] = additive(self.model, packed["attention_mask"])
         return packed | {name: values[self._rows(nodes)][None] for name, values in self.read.items()}
 
     def edges(self, nodes: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
+    PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM,
+)
 
 from flowerlib import data, model
 from flowerlib.lab import store, training
@@ -134,10 +137,68 @@ def test_a_title_that_is_empty_or_holds_a_newline_is_named(title):
         model.Catalogue.build(tokenizer, ["a", title], "movie")
 
 
-def test_a_tokenizer_without_a_newline_of_its_own_is_refused(bpe):
+@pytest.mark.parametrize("form", ["sequence", "target"])
+def test_a_tokenizer_without_a_newline_of_its_own_ends_titles_by_its_end_of_text(bpe, form):
     bpe.backend_tokenizer.normalizer = normalizers.Replace("\n", "  ")
-    with pytest.raises(ValueError, match="no token of its own for the newline"):
-        model.Catalogue.build(bpe, ["Heat"], "movie")
+    catalogue = model.Catalogue.build(bpe, ["Heat", "Heat Ugly"], "movie", form)
+    assert catalogue.terminator == bpe.eos_token_id and catalogue.eos is None
+    assert [bpe.decode(sequence[:-1]) for sequence in catalogue.sequences] == ["Heat", "Heat Ugly"]
+    assert (catalogue.separator == [bpe.eos_token_id]) == (form == "sequence")  # as in training's rows of titles
+    with pytest.raises(ValueError, match="item 0 has the title 'He<eos>at'"):
+        model.Catalogue.build(bpe, ["He<eos>at"], "movie", form)
+    bpe.eos_token = None
+    with pytest.raises(ValueError, match="no token for the newline nor for the end of a text: take another model"):
+        model.Catalogue.build(bpe, ["Heat"], "movie", form)
+
+
+@torch.no_grad()
+def test_what_scales_embeddings_goes_on_scaling_them(bpe, tmp_path):
+    """Gemma multiplies what it looks up; cut, or split from the output embeddings, it still does."""
+    torch.manual_seed(0)
+    lm = GemmaForCausalLM(GemmaConfig(
+        vocab_size=len(bpe), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, eos_token_id=1, pad_token_id=1, bos_token_id=1,
+    )).eval()
+    lm.save_pretrained(tmp_path)
+    bpe.save_pretrained(tmp_path)
+    for cut in (False, True):
+        used = TrainSettings(frozen_layers=2, tuned_layers=1, cut_vocabulary=cut)
+        opened, tokenizer, catalogue = model.open_backbone(used, TEXTS[:5], path=tmp_path)
+        old = bpe.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
+        row = catalogue.context([1]) + catalogue.sequences[0]
+        expected = lm(torch.tensor([[old[i] for i in row]])).logits[..., old]
+        torch.testing.assert_close(opened(torch.tensor([row])).logits, expected)
+        assert not opened.config.tie_word_embeddings
+
+
+def test_a_bias_of_the_output_is_cut_with_it():
+    lm = llama(50)
+    lm.lm_head = torch.nn.Linear(32, 50)
+    ids = torch.tensor([3, 1, 40])
+    expected = lm(ids[None]).logits[..., ids]
+    model._set_embeddings(lm, ids)
+    torch.testing.assert_close(lm(torch.arange(3)[None]).logits, expected)
+
+
+def test_lists_with_an_entry_a_layer_are_cut_with_the_layers():
+    torch.manual_seed(0)
+    lm = SmolLM3ForCausalLM(SmolLM3Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, no_rope_layers=[1, 0, 1, 0], pad_token_id=1, bos_token_id=1, eos_token_id=[1, 2, 3, 4],
+    ))
+    model.keep_layers(lm, 1, 2)
+    assert lm.config.no_rope_layers == [1, 1, 0] and len(lm.config.layer_types) == 3
+    assert lm.config.eos_token_id == [1, 2, 3, 4]
+
+
+def test_the_shortest_of_context_and_windows_is_what_a_model_reads():
+    assert model.context_limit(llama(50)) == 2048
+    for window, expected in ((16, 16), (None, 2048), (4096, 2048)):
+        config = MistralConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, sliding_window=window, max_position_embeddings=2048,
+        )
+        assert model.context_limit(MistralForCausalLM(config)) == expected
 
 
 def lower_casing():

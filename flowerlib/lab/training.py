@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
-    PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging, set_seed,
+    PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, __version__, logging, set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import data
-from ..model import Backbone, Catalogue, split_layers
-from ..train import OF_FLOWER, Objective, Rows, TrainSettings, collate, training_rows, validation_rows
-from ..tree import left_padded, positions
+from ..model import Backbone, Catalogue, context_limit, open_backbone, split_layers
+from ..train import OF_FLOWER, Objective, Rows, TrainSettings, collate, make_rows, training_rows, validation_rows
+from ..tree import Beams, PackedTree, beam_search, left_padded, positions
 from . import sources, store
 
 
@@ -211,8 +211,8 @@ def finetune(
         and the folder of this training.
 
     Raises:
-        ValueError: a title or a row is longer than the model's context; sampled paths behind frozen layers; a reward
-            that is not positive; a batch that does not part evenly over the processes.
+        ValueError: a title or a row is longer than the model's context; `dry_run` fails; sampled paths behind frozen
+            layers; a reward that is not positive; a batch that does not part evenly over the processes.
     """
     settings = settings if log_item_rewards is not None else replace(settings, theta=1.0)
     if settings.theta < 1 and settings.frozen_layers and settings.paths != "logged":
@@ -227,13 +227,16 @@ def finetune(
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         return pd.DataFrame(record["log"]), folder
     rows, valid = training_rows(catalogue, tables, settings), validation_rows(catalogue, tables, settings)
-    _check_lengths(model, catalogue, (rows, valid))
+    test = make_rows(catalogue, data.row_positions(tables, tables.test)[0], [[]] * len(tables.test))
+    _check_lengths(model, catalogue, (rows, valid, test))
     rewards = torch.zeros(catalogue.trie.n_items) if log_item_rewards is None else log_item_rewards
-    start, arguments = time.perf_counter(), _arguments(settings, folder / "checkpoints", len(rows))
+    arguments = _arguments(settings, folder / "checkpoints", len(rows))
     objective = Objective(catalogue.trie, rewards, settings, preference, leaf_weights, arguments.device)
     tuned = model.to(arguments.device)
-    set_seed(settings.seed)
     with arguments.main_process_first():  # where several processes train
+        dry_run(settings, catalogue.titles, cache)
+        start = time.perf_counter()
+        set_seed(settings.seed)
         last = last_checkpoint(folder / "checkpoints")
         if settings.frozen_layers:
             trunk, tuned = split_layers(model, settings.frozen_layers)
@@ -242,10 +245,7 @@ def finetune(
                 for part, name in ((rows, "train"), (valid, "valid")):
                     run_trunk(part, trunk, cache, f"{name}_bfloat16" if arguments.bf16 else name)
     if settings.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        rank = settings.lora_rank
-        tuned = get_peft_model(tuned, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+        tuned = with_lora(tuned, settings.lora_rank)
     logging.set_verbosity_error()
     trainer = FlowerTrainer(
         tuned, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()], objective=objective
@@ -271,18 +271,107 @@ def finetune(
     return log, folder
 
 
+def with_lora(model: PreTrainedModel, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
 def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, parts: Sequence[Rows]) -> None:
     """Refuses a title or a row that is longer than the model's context."""
-    limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    limit = context_limit(model)
     item, sequence = max(enumerate(catalogue.sequences), key=lambda pair: len(pair[1]))
     if len(catalogue.context([])) + len(sequence) > limit:
         raise ValueError(
             f"item {item}, {catalogue.titles[item][:60]!r}, has {len(sequence)} tokens; prompt and title together may "
-            f"have {limit}: shorten the title"
+            f"have {limit}, the model's context or sliding window: shorten the title, or take another model"
         )
     longest = max(len(ids) for rows in parts for ids in rows.input_ids) + catalogue.trie.max_depth
     if longest > limit:
         raise ValueError(f"a row may grow to {longest} tokens and the model reads {limit}: lower max_history")
+
+
+def dry_run(settings: TrainSettings, titles: Sequence[str], cache: Path, prompt: str | None = None) -> None:
+    """Tries all that is done with a model on six of the titles and a copy opened for this, before anything is trained:
+    every two ways to compute the same log π must agree within 1e-3 nats. What went well is remembered in `cache`.
+
+    Raises ValueError where they differ or one of them fails; the message names settings that do work, if any.
+    """
+    names = ("frozen_layers", "tuned_layers", "cut_vocabulary", "rows", "lora_rank")
+    origin = {name: getattr(settings, name) for name in names}
+    origin |= {"base": base_digest(sources.model_folder(settings.model)), "prompt": prompt,
+               "transformers": __version__, "commit": store.commit()}
+    path, start, few = cache / f"dry_run-{store.digest(origin)}.json", time.perf_counter(), sorted(set(titles))[:6]
+    if store.find(path, origin) is not None:
+        return
+    cache.mkdir(parents=True, exist_ok=True)
+    if wrong := _wrong(settings, few, cache, prompt):
+        words, layers = {"cut_vocabulary": False}, {"frozen_layers": 0, "tuned_layers": 0}
+        cures = ({"lora_rank": 0}, words, layers, words | layers)
+        others = [cure for cure in cures if replace(settings, **cure) != settings]
+        able = (cure for cure in others if not _wrong(replace(settings, **cure), few, cache, prompt))
+        do = " and ".join(f"set {name} to {value}" for name, value in next(able, {}).items()) or "take another model"
+        raise ValueError(f"{settings.model} cannot be used with these settings, {wrong}: {do}")
+    store.keep(path, origin, store.provenance(asdict(settings), time.perf_counter() - start))
+
+
+@torch.no_grad()
+def _wrong(settings: TrainSettings, titles: Sequence[str], cache: Path, prompt: str | None) -> str:
+    """What goes wrong with the model under these settings, or ""."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".dry_run.", dir=cache) as folder:
+            for ways, one, other in _ways(settings, titles, Path(folder), prompt):
+                gap = (one.double() - other.double()).abs().max()
+                if not gap <= 1e-3:  # NaN too
+                    return f"{ways} differ by {gap:.2g} nats"
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        return f"the dry run fails with {type(error).__name__}, {' '.join(str(error).split())[:160]}"
+    return ""
+
+
+def _ways(settings: TrainSettings, titles: Sequence[str], folder: Path, prompt: str | None) -> Iterator[tuple]:
+    """Two ways at a time to compute the same log π, and what they give; the model is saved in `folder`."""
+    uncut = replace(settings, frozen_layers=0, tuned_layers=0, cut_vocabulary=False)
+    lm, tokenizer, catalogue = sources.open_backbone(settings, titles, prompt)
+    trie, histories, n_frozen = catalogue.trie, ([], [0, -1]), settings.frozen_layers
+    if settings.tuned_layers or settings.cut_vocabulary:
+        original, words, _ = sources.open_backbone(uncut, titles, prompt)
+        if settings.tuned_layers:
+            for layer in original.get_decoder().layers[n_frozen : -settings.tuned_layers]:
+                layer.forward = lambda hidden_states, *_, **__: hidden_states
+        ids = torch.tensor([catalogue.context([0, -1]) + catalogue.sequences[0]])
+        names = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), lm.config.vocab_size)))
+        kept = torch.tensor(words.convert_tokens_to_ids(names))
+        logits = lm(ids).logits[..., : len(kept)], original(kept[ids]).logits[..., kept]
+        yield "the model cut to size and the original", *(x.log_softmax(-1) for x in logits)
+        del original
+    if settings.lora_rank:
+        _plain(adapted := with_lora(lm, settings.lora_rank), catalogue, [])  # it runs, and is merged
+        lm = adapted.merge_and_unload()
+    lm.get_output_embeddings().weight.mul_(1.1)  # as a training would change it
+    plain = [_plain(lm, catalogue, history) for history in histories]
+    searches = [Beams(len(trie.leaves), seen_allowed=True)] * 32  # side by side, as far apart as in a run
+    leaves, scores = map(torch.from_numpy, beam_search(lm, catalogue, histories, searches)[-1])
+    totals = torch.tensor([[log_pi.sum() for log_pi in of_titles] for of_titles in plain])
+    yield "beam search and plain forward passes", scores, totals.gather(1, leaves)
+    paths = trie.paths(trie.leaves)
+    for history, of_titles in zip(histories, plain):
+        tree = PackedTree(lm, trie, catalogue.context(history), n_frozen)
+        tree.model.eval()
+        yield "the packed tree and plain forward passes", tree.log_probs()[paths[paths >= 0]], torch.cat(of_titles)
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del lm, tree  # memory for one
+    saved = open_backbone(uncut, titles, folder, prompt)
+    again = [x for history in histories for x in _plain(saved.model, saved.catalogue, history)]
+    yield "the saved model and the one in memory", torch.cat(again), torch.cat(sum(plain, []))
+
+
+def _plain(lm: PreTrainedModel, catalogue: Catalogue, history: Sequence[int]) -> list[Tensor]:
+    """log π of every title's tokens after a history: one forward pass a title, without padding, mask or cache."""
+    context = catalogue.context(history)
+    logits = [lm(torch.tensor([context + ids])).logits[0, len(context) - 1 : -1] for ids in catalogue.sequences]
+    return [part.log_softmax(-1)[range(len(ids)), ids] for part, ids in zip(logits, catalogue.sequences)]
 
 
 def last_checkpoint(folder: Path) -> str | None:
