@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -19,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-from .data import item_leaves
+from .data import item_leaves, read_json, reading
 from .trie import TitleTrie
 
 if TYPE_CHECKING:
@@ -168,21 +169,36 @@ def trained_folder(folder: str | Path) -> Path:
     """The folder of a finished training: this one, or the one that a step's folder (such as runs/laptop/flower) names
     in its settings.json. A relative path counts from the project's root. FileNotFoundError where there is none."""
     folder = ROOT / folder
-    if (folder / "settings.json").exists():
-        folder = folder / (json.loads((folder / "settings.json").read_text(encoding="utf-8"))["made"] or "")
+    if (mark := folder / "settings.json").exists():
+        with reading(mark):
+            folder = folder / (read_json(mark)["made"] or "")
     if not (folder / "made.json").exists():
         raise FileNotFoundError(f"{folder} holds no finished training: run notebook 02 or 03 first")
     return folder
 
 
+def trained_on(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The settings and the items (item_id, title) of the training in this folder. Raises ValueError for a damaged file,
+    and where items.parquet is not the one that the training wrote (trainings of old have not noted it)."""
+    made, path = folder / "made.json", folder / "items.parquet"
+    with reading(made):
+        record = read_json(made)
+        settings = record["provenance"]["settings"]
+    with reading(path, folder):
+        if (known := record.get("items")) and hashlib.sha256(path.read_bytes()).hexdigest() != known:
+            raise ValueError("not the table that the training wrote")
+        return settings, pd.read_parquet(path)
+
+
 @lru_cache(maxsize=2)
 def _load_trained(folder: Path, _written: int) -> Backbone:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval().to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    settings = json.loads((folder / "made.json").read_text(encoding="utf-8"))["provenance"]["settings"]
-    titles = pd.read_parquet(folder / "items.parquet").title
-    return Backbone(model, tokenizer, Catalogue.build(tokenizer, titles, settings["category"], settings["rows"]))
+    settings, items = trained_on(folder)
+    with reading(folder / "model", folder):
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    catalogue = Catalogue.build(tokenizer, items.title, settings["category"], settings["rows"])
+    return Backbone(model.to(device), tokenizer, catalogue)
 
 
 def tiny_model(texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -7,7 +7,6 @@ the path to it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel
 
 from .data import clean_title, move_article
-from .model import Catalogue, load_trained, split_layers, trained_folder
+from .model import Catalogue, load_trained, split_layers, trained_folder, trained_on
 from .rewards import preference_log_rewards
 from .trie import TitleTrie, segment_logsumexp
 
@@ -419,7 +418,7 @@ def recommend(run: str | Path, history: Sequence[Any], k: int = 10) -> pd.DataFr
         raise ValueError(f"k is {k}: ask for one title at least")
     folder = trained_folder(run)
     model, _, catalogue = load_trained(folder)
-    items = pd.read_parquet(folder / "items.parquet")
+    settings, items = trained_on(folder)
     by_id = dict(zip(items.item_id, items.index))
     by_title = dict(zip(items.title[::-1], items.index[::-1]))  # of several, the first
     places = []
@@ -431,7 +430,6 @@ def recommend(run: str | Path, history: Sequence[Any], k: int = 10) -> pd.DataFr
             hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(f"{entry!r} is neither an item id nor a title of {folder / 'items.parquet'}{hint}")
         places.append(place)
-    settings = json.loads((folder / "made.json").read_text(encoding="utf-8"))["provenance"]["settings"]
     beams = Beams(max(k, settings.get("n_beams", 10)))
     [(leaves, scores)] = beam_search(model, catalogue, [places[-settings["max_history"] :]], [beams], seen=[places])
     leaves, scores = leaves[0, :k], scores[0, :k]

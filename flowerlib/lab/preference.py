@@ -6,7 +6,7 @@ Everything is by leaf (`data.item_leaves`): U users, L leaves. No language model
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -119,15 +119,23 @@ def train_preference(
     origin = {name: getattr(settings, name) for name in used}
     origin |= {"n_leaves": n_leaves, "data": store.digest(rows_by_part)}
     folder = folder / f"p_ui-{store.digest(origin)}"
-    if record := store.find(folder / "made.json", origin):
-        return PreferenceModel.from_pretrained(folder).eval(), pd.DataFrame(record["log"]), folder
+    if record := store.find(folder / "made.json", origin, "log"):
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a process that was killed as it ended
+        return _trained(folder), pd.DataFrame(record["log"]), folder
+    with store.alone(folder):
+        return _train(*rows_by_part[:2], *rows_by_part[2], n_leaves, settings, folder, origin)
+
+
+def _train(
+    sequences: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], targets: Sequence[int], n_leaves: int,
+    settings: Settings, folder: Path, origin: Mapping[str, Any],
+) -> tuple[PreferenceModel, pd.DataFrame, Path]:
     start = time.perf_counter()
     set_seed(settings.seed)
     model = PreferenceModel(GPT2Config(
         vocab_size=n_leaves + 1, n_positions=settings.max_history + 2, n_embd=settings.preference_size, n_layer=2,
         n_head=2, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2, bos_token_id=n_leaves, eos_token_id=n_leaves,
     ))
-    sequences, histories, [targets] = rows_by_part
     rows = _Windows([sequence for sequence in sequences if sequence], settings.max_history + 1)
     read = [history[-settings.max_history :] for history in histories]
     valid = [([*row, target], [IGNORED] * len(row) + [target]) for row, target in zip(read, targets, strict=True)]
@@ -157,8 +165,13 @@ def train_preference(
 
 def load_preference(out: Path) -> PreferenceModel:
     """The preference model of a run; FileNotFoundError if notebook 01, which trains it, has not been run to its end."""
-    made = store.read_json(require(out, "data") / "settings.json")["made"]
-    return PreferenceModel.from_pretrained(out / "preference" / made).eval()
+    made = store.read_json(require(out, "data") / "settings.json", "made")["made"]
+    return _trained(out / "preference" / str(made))
+
+
+def _trained(folder: Path) -> PreferenceModel:
+    with store.reading(folder / "model.safetensors", folder):
+        return PreferenceModel.from_pretrained(folder).eval()
 
 
 def _collate(batch: Sequence[tuple[list[int], list[int]]], begin: int) -> dict[str, Tensor]:

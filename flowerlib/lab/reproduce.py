@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
 
-from . import runs, store
+from . import report, runs, store
 from .settings import PROFILES, Settings, literal, settings
 
 try:
@@ -35,7 +36,7 @@ BENCH = store.ROOT / "runs" / "bench.json"  # what `make bench` writes and noteb
 
 
 class NotebookError(RuntimeError):
-    """A notebook stopped with an error; the message names both."""
+    """A notebook stopped with an error; the message names both, in one line."""
 
 
 def parameters(notebook: Path) -> list[str]:
@@ -52,7 +53,8 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
     that these notebooks find from before.
 
     Raises:
-        ValueError: unknown profile, a parameter that no notebook has, or a value out of its range.
+        ValueError: unknown profile, a parameter that no notebook has, or a value out of its range; another run works in
+            that folder, it cannot be written, or a file in it is damaged.
         NotebookError: a notebook stopped with an error.
     """
     names = {name: parameters(FOLDER / name) for name in only}
@@ -65,16 +67,19 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
         settings(profile, fit=fit, **{key: value for key, value in overrides.items() if key in known})
     folder = runs.output_dir(profile, out)
     moment = folder / "fresh.json"  # of --fresh, until a run comes to its end: a killed one resumes where it was
-    if fresh and not moment.exists():
-        store.write_json(moment, time.time())
-    if moment.exists():
-        os.environ[store.FRESH] = str(store.read_json(moment))
-    try:
-        _run_all(profile, folder, overrides, names)
-    finally:
+    with store.alone(folder):
+        store.sweep(left for below in ("", "*/", "*/*/") for left in store.leftovers(folder, below))
+        if fresh and not moment.exists():
+            store.write_json(moment, time.time())
         if moment.exists():
-            del os.environ[store.FRESH]
-    moment.unlink(missing_ok=True)
+            with store.reading(moment):
+                os.environ[store.FRESH] = str(float(store.read_json(moment)))
+        try:
+            _run_all(profile, folder, overrides, names)
+        finally:
+            if moment.exists():
+                del os.environ[store.FRESH]
+        moment.unlink(missing_ok=True)
     return folder
 
 
@@ -89,7 +94,7 @@ def _run_all(profile: str, folder: Path, overrides: Mapping[str, Any], names: Ma
                   "inputs": [_outputs(folder, other) for other in READS.get(name, ())],
                   "files": [_state(path) for path in brought + [BENCH] * (name == SPEED) if path]}
         record = folder / "notebooks" / f"{Path(name).stem}.json"
-        if (done := store.find(record, origin)) and done["outputs"] == _outputs(folder, name):
+        if (done := store.find(record, origin, "outputs")) and done["outputs"] == _outputs(folder, name):
             print(f"{name}: unchanged since its last complete run, skipped", flush=True)
             continue
         print(f"\n{name}", flush=True)
@@ -106,9 +111,14 @@ def _state(path: str | Path) -> list[Any]:
 
 
 def _outputs(folder: Path, name: str) -> str:
-    """A name for what a notebook left: itself, its results and, of 01 to 03, the mark of the finished step."""
-    paths = [*sorted((folder / "results").glob(f"{name[:2]}_*.json")), folder / "notebooks" / name]
-    paths += [folder / step / "settings.json" for step, notebook in runs.STEPS.items() if notebook == name]
+    """A name for what a notebook left: itself, its results and figures and, of 01 to 03, the finished step: its mark,
+    its tables, the training that the mark names."""
+    paths = [*sorted(folder.glob(f"results/{name[:2]}_*.json")), *sorted(folder.glob(f"figures/{name[:2]}_*.png"))]
+    paths.append(folder / "notebooks" / name)
+    for mark in (folder / step / "settings.json" for step, notebook in runs.STEPS.items() if notebook == name):
+        paths += [mark, *sorted(mark.parent.glob("*.parquet"))]
+        text = mark.read_text(encoding="utf-8", errors="replace") if mark.exists() else ""
+        paths += sorted(made for made in folder.glob("*/*/made.json") if f'"{made.parent.name}"' in text)
     return store.digest(*(path.read_bytes() if path.exists() else b"" for path in paths))
 
 
@@ -117,24 +127,33 @@ def _run(name: str, given: Mapping[str, Any], folder: Path) -> float:
     logging.getLogger("papermill").addHandler(logging.NullHandler())  # the streams below show it already
     executed = folder / "notebooks" / name
     executed.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
+    path, start = folder / "timings.json", time.perf_counter()
+    with store.reading(path):
+        timings = dict(store.read_json(path)) if path.exists() else {}
     try:
         papermill.execute_notebook(
             FOLDER / name, executed, parameters=dict(given), kernel_name="python3", cwd=FOLDER, log_output=True,
             stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False, extra_arguments=["--log-level=ERROR"],
         )
     except papermill.PapermillExecutionError as error:
-        raise NotebookError(f"{name} stopped with {error.ename}: {error.evalue} (see {executed})") from None
+        said = " ".join(f"{error.ename}: {error.evalue}".split())
+        raise NotebookError(f"{name} stopped with {said} (see {executed}){_room(folder)}") from None
     except DeadKernelError:
         raise NotebookError(f"{name} died without a word, as it does when memory or the disk is full") from None
     seconds = time.perf_counter() - start
-    path, entry = folder / "timings.json", {"seconds": round(seconds, 1), "matmul_1024_seconds": store.matmul_seconds()}
+    entry = {"seconds": round(seconds, 1), "matmul_1024_seconds": store.matmul_seconds()}
     if resource:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**(2 if sys.platform == "darwin" else 1)
         entry["peak_mb_so_far"] = round(peak)
-    store.write_json(path, (store.read_json(path) if path.exists() else {}) | {name: entry})
+    store.write_json(path, timings | {name: entry})
     print(f"{name}: {seconds:.0f} s", flush=True)
     return seconds
+
+
+def _room(folder: Path) -> str:
+    """A hint, where the disk is all but full: errors of full disks seldom say so."""
+    free = shutil.disk_usage(folder).free >> 20
+    return f"; {folder} has {free} MB of room left: make room" if free < 100 else ""
 
 
 def main() -> None:
@@ -152,14 +171,15 @@ def main() -> None:
     names = [f"{name}.ipynb" for name in args.only or ()] or NOTEBOOKS
     try:
         folder = reproduce(args.profile, args.out, dict(args.parameter), names, args.fresh)
-    except (ValueError, NotebookError) as error:
+        if NOTEBOOKS[-1] in names:
+            rows = runs.read_results(folder / "results" / f"{Path(NOTEBOOKS[-1]).stem}.json")
+            print(f"\n{report.headline(folder)}\n\n{report.lists_table(rows)}\n")
+        print(f"report: {report.report(folder)}\nexecuted notebooks: {folder / 'notebooks'}")
+    except (ValueError, NotebookError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
-    from . import report
-
-    if NOTEBOOKS[-1] in names:
-        rows = runs.read_results(folder / "results" / f"{Path(NOTEBOOKS[-1]).stem}.json")
-        print(f"\n{report.headline(folder)}\n\n{report.lists_table(rows)}\n")
-    print(f"report: {report.report(folder)}\nexecuted notebooks: {folder / 'notebooks'}")
+    except OSError as error:  # a full disk, most often
+        folder = runs.output_dir(args.profile, args.out)
+        raise SystemExit(f"error: {folder} cannot be written or read ({error}){_room(folder)}") from None
     print(f"figures: {folder / 'figures'}\nresults: {folder / 'results'}")
 
 

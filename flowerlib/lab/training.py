@@ -39,8 +39,8 @@ def run_trunk(rows: Rows, trunk: PreTrainedModel, folder: Path, name: str, batch
     folder/<name>-<digest of rows and weights>.npy."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{store.digest(rows.start, *rows.input_ids, *trunk.parameters())}.npy"
+    shape = (int(rows.start[-1]), trunk.config.hidden_size)
     if not path.exists():
-        shape = (int(rows.start[-1]), trunk.config.hidden_size)
         needed, free = 2 * shape[0] * shape[1], shutil.disk_usage(folder).free
         if needed > free:  # a memory-mapped file that outgrows the disk would kill the process
             raise OSError(f"{folder} needs {needed >> 20:,} MB and the disk has {free >> 20:,} MB free: make room")
@@ -57,7 +57,8 @@ def run_trunk(rows: Rows, trunk: PreTrainedModel, folder: Path, name: str, batch
                 for i, row in zip(batch, states.numpy(force=True)):
                     out[rows.start[i] : rows.start[i + 1]] = row[-len(rows.input_ids[i]) :]
             out.flush()
-    rows.hidden = np.load(path, mmap_mode="r")
+    with store.reading(path):
+        rows.hidden = np.load(path, mmap_mode="r").reshape(shape)
 
 
 class LikeLengths(LengthGroupedSampler):
@@ -212,20 +213,34 @@ def finetune(
 
     Raises:
         ValueError: a title or a row is longer than the model's context; sampled paths behind frozen layers; a reward
-            that is not positive; a batch that does not part evenly over the processes.
+            that is not positive; a batch that does not part evenly over the processes; a finished training that is
+            damaged, or one that another process is at.
     """
     settings = settings if log_item_rewards is not None else replace(settings, theta=1.0)
     if settings.theta < 1 and settings.frozen_layers and settings.paths != "logged":
         raise ValueError("paths that are drawn need every layer at hand: set frozen_layers and tuned_layers to 0 in 02")
-    model, _, catalogue = backbone
+    model = backbone.model
     origin = made_from(settings, tables, log_item_rewards, preference, leaf_weights)
     folder = folder / f"{settings.method.split(',')[0]}-{store.digest(origin)}"
-    record = store.find(folder / "made.json", origin)
-    if record is not None:
-        print(f"{folder.name}: trained already with these settings, taken as it is", flush=True)
+    record = store.find(folder / "made.json", origin, "log")
+    if record is None:
+        with store.alone(folder):
+            return _train(backbone, tables, settings, folder, cache, origin, log_item_rewards, preference, leaf_weights)
+    print(f"{folder.name}: trained already with these settings, taken as it is", flush=True)
+    with store.reading(folder / "model", folder):
         model.load_state_dict(type(model).from_pretrained(folder / "model", dtype=torch.float32).state_dict())
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        return pd.DataFrame(record["log"]), folder
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a process that was killed as it ended
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pd.DataFrame(record["log"]), folder
+
+
+def _train(
+    backbone: Backbone, tables: data.Tables, settings: TrainSettings, folder: Path, cache: Path,
+    origin: dict[str, Any], log_item_rewards: Tensor | None, preference: torch.nn.Module | None,
+    leaf_weights: Tensor | None,
+) -> tuple[pd.DataFrame, Path]:
+    """`finetune` where nothing is finished; folder is that of this training alone."""
+    model, _, catalogue = backbone
     rows, valid = training_rows(catalogue, tables, settings), validation_rows(catalogue, tables, settings)
     _check_lengths(model, catalogue, (rows, valid))
     rewards = torch.zeros(catalogue.trie.n_items) if log_item_rewards is None else log_item_rewards
@@ -265,7 +280,8 @@ def finetune(
         tables.items.to_parquet(folder / "items.parquet", index=False)
         source = store.provenance(asdict(settings), time.perf_counter() - start, arguments.bf16)
         source["resumed"] = last is not None  # then the seconds are those since
-        store.keep(folder / "made.json", origin, source, log=json.loads(log.to_json(orient="records")))
+        items = hashlib.sha256((folder / "items.parquet").read_bytes()).hexdigest()
+        store.keep(folder / "made.json", origin, source, log=json.loads(log.to_json(orient="records")), items=items)
     trainer.accelerator.wait_for_everyone()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return log, folder
@@ -291,7 +307,9 @@ def last_checkpoint(folder: Path) -> str | None:
         shutil.rmtree(folder, ignore_errors=True)
         return None
     for half in folder.glob("checkpoint-*"):
-        if not (half / TRAINER_STATE_NAME).exists():  # written last
+        try:
+            store.read_json(half / TRAINER_STATE_NAME)  # written last
+        except (FileNotFoundError, ValueError):
             shutil.rmtree(half)
     return get_last_checkpoint(folder)
 
