@@ -6,7 +6,7 @@ BIN := .venv/bin
 REPRODUCE := $(BIN)/python -m flowerlib.lab.reproduce
 GIVEN = $(foreach p,$(PARAMETERS),-p '$(p)')
 
-.PHONY: lab reproduce study report test test-browser bench publish
+.PHONY: lab reproduce study report test test-hard test-browser bench publish
 lab: .venv/ready
 	$(BIN)/python -m jupyterlab notebooks/00_follow_the_flow.ipynb
 
@@ -23,6 +23,9 @@ report: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+test-hard: .venv/ready
+	FLOWERLIB_HARD=1 $(BIN)/python -m pytest -rA tests/hostile
 
 test-browser: .venv/ready
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) playwright==1.65.2

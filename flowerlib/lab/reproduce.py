@@ -139,7 +139,7 @@ def _run(name: str, given: Mapping[str, Any], folder: Path) -> float:
         said = " ".join(f"{error.ename}: {error.evalue}".split())
         raise NotebookError(f"{name} stopped with {said} (see {executed}){_room(folder)}") from None
     except DeadKernelError:
-        raise NotebookError(f"{name} died without a word, as it does when memory or the disk is full") from None
+        raise NotebookError(f"{name} died without a word, as it does when memory or the disk is full{_room(folder)}") from None
     seconds = time.perf_counter() - start
     entry = {"seconds": round(seconds, 1), "matmul_1024_seconds": store.matmul_seconds()}
     if resource:

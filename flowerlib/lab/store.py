@@ -33,7 +33,7 @@ from ..model import ROOT
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "pandas")
 FRESH = "FLOWERLIB_FRESH"  # environment variable: work from before this moment (seconds since 1970) is made again
-LOCK = ".lock"  # a file that a process holds in the folder where it works; the system lets go of it when the process dies
+LOCK = ".flowerlib.lock"  # a file that a process holds in the folder where it works; the system lets go when it dies
 
 
 @contextmanager
