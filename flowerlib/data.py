@@ -40,26 +40,20 @@ _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"}
 
 @contextmanager
 def reading(path: str | Path, remove: str | Path | None = None) -> Iterator[None]:
-    """Whatever fails in the block, which reads what this project wrote at `path`, ends in one sentence: file and cure.
-
-    remove: what to remove before the notebook that wrote it runs again, where that is more than `path`.
-
-    Raises:
-        FileNotFoundError: it is missing. ValueError: it is damaged, or not what was written there.
-    """
+    """The block reads what this project wrote at `path`; its error becomes one sentence with the cure: a ValueError, or
+    FileNotFoundError where nothing is there. remove: what to remove for the cure, where that is more than `path`."""
     try:
         yield
     except (ImportError, MemoryError, PermissionError):  # no fault of the file
         raise
     except Exception as error:  # every format has errors of its own
-        there = Path(path).exists()
-        cure = f"remove {remove or 'it'} and run its notebook again" if there or remove else "run its notebook again"
-        kind, fault = (ValueError, "damaged") if there else (FileNotFoundError, "missing")
-        raise kind(f"{path} is {fault}: {cure}") from error
+        kind, fault = (ValueError, "damaged") if Path(path).exists() else (FileNotFoundError, "missing")
+        cure = f"remove {remove or 'it'} and run" if remove or fault == "damaged" else "run"
+        raise kind(f"{path} is {fault}: {cure} its notebook again") from error
 
 
 def read_json(path: str | Path, *keys: str) -> Any:
-    """What a JSON file holds; an object that has these keys, if any are given. Raises as `reading` does."""
+    """What a JSON file holds: an object with these keys, if any are given. Errors as in `reading`."""
     with reading(path):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if keys and not (isinstance(value, dict) and {*keys} <= {*value}):

@@ -170,24 +170,20 @@ def trained_folder(folder: str | Path) -> Path:
     in its settings.json. A relative path counts from the project's root. FileNotFoundError where there is none."""
     folder = ROOT / folder
     if (mark := folder / "settings.json").exists():
-        with reading(mark):
-            folder = folder / (read_json(mark)["made"] or "")
+        folder = folder / (read_json(mark, "made")["made"] or "")
     if not (folder / "made.json").exists():
         raise FileNotFoundError(f"{folder} holds no finished training: run notebook 02 or 03 first")
     return folder
 
 
 def trained_on(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
-    """The settings and the items (item_id, title) of the training in this folder. Raises ValueError for a damaged file,
-    and where items.parquet is not the one that the training wrote (trainings of old have not noted it)."""
-    made, path = folder / "made.json", folder / "items.parquet"
-    with reading(made):
-        record = read_json(made)
-        settings = record["provenance"]["settings"]
+    """The settings and the items (item_id, title) of the training in this folder. ValueError where a file is damaged,
+    or items.parquet is not the one that the training wrote (older trainings have not noted it)."""
+    record, path = read_json(folder / "made.json", "provenance"), folder / "items.parquet"
     with reading(path, folder):
         if (known := record.get("items")) and hashlib.sha256(path.read_bytes()).hexdigest() != known:
-            raise ValueError("not the table that the training wrote")
-        return settings, pd.read_parquet(path)
+            raise ValueError("of another training")
+        return record["provenance"]["settings"], pd.read_parquet(path)
 
 
 @lru_cache(maxsize=2)

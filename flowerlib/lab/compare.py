@@ -75,8 +75,7 @@ class Comparison:
     """
 
     def __init__(self, out: Path, **overrides: Any):
-        with store.reading(mark := require(out, "data") / "settings.json"):
-            profile = store.read_json(mark)["settings"]["profile"]
+        profile = store.read_json(require(out, "data") / "settings.json", "settings")["settings"]["profile"]
         self.out, self.settings = out, settings(profile, after=out / "data", **overrides)
         self.tables = sources.read_processed(out / "data")
         self.item_leaf = data.item_leaves(self.tables.items.title)

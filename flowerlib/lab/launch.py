@@ -18,8 +18,7 @@ from .settings import PROFILES, literal, settings
 
 def launch(method: str, profile: str, out: str | None, overrides: dict[str, Any]) -> Path:
     """Trains "SFT" on what notebook 01 has prepared, or "Flower" (Flower-KL, by the settings) with the settings of SFT;
-    returns its folder. FileNotFoundError: the step before is missing. ValueError: unknown profile or setting, or another
-    run works there."""
+    returns its folder. FileNotFoundError: no step before it. ValueError: unknown profile or setting, or another run."""
     folder, step = runs.output_dir(profile, out), method.lower()
     own = settings(profile, after=runs.require(folder, "data" if method == "SFT" else "sft"), **overrides)
     first = os.environ.get("RANK", "0") == "0"

@@ -6,7 +6,7 @@ Everything is by leaf (`data.item_leaves`): U users, L leaves. No language model
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -122,20 +122,13 @@ def train_preference(
     if record := store.find(folder / "made.json", origin, "log"):
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a process that was killed as it ended
         return _trained(folder), pd.DataFrame(record["log"]), folder
-    with store.alone(folder):
-        return _train(*rows_by_part[:2], *rows_by_part[2], n_leaves, settings, folder, origin)
-
-
-def _train(
-    sequences: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], targets: Sequence[int], n_leaves: int,
-    settings: Settings, folder: Path, origin: Mapping[str, Any],
-) -> tuple[PreferenceModel, pd.DataFrame, Path]:
     start = time.perf_counter()
     set_seed(settings.seed)
     model = PreferenceModel(GPT2Config(
         vocab_size=n_leaves + 1, n_positions=settings.max_history + 2, n_embd=settings.preference_size, n_layer=2,
         n_head=2, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2, bos_token_id=n_leaves, eos_token_id=n_leaves,
     ))
+    sequences, histories, [targets] = rows_by_part
     rows = _Windows([sequence for sequence in sequences if sequence], settings.max_history + 1)
     read = [history[-settings.max_history :] for history in histories]
     valid = [([*row, target], [IGNORED] * len(row) + [target]) for row, target in zip(read, targets, strict=True)]
@@ -154,12 +147,13 @@ def _train(
     trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()],
                       data_collator=lambda batch: _collate(batch, n_leaves))
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
-    log = log_table(trainer.state.log_history)
-    model.eval().save_pretrained(folder)
-    source = store.provenance(asdict(settings), time.perf_counter() - start)
-    store.keep(folder / "made.json", origin, source, log=json.loads(log.to_json(orient="records")))
-    shutil.rmtree(folder / "checkpoints")
+    with store.alone(folder):
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+        log = log_table(trainer.state.log_history)
+        model.eval().save_pretrained(folder)
+        source = store.provenance(asdict(settings), time.perf_counter() - start)
+        store.keep(folder / "made.json", origin, source, log=json.loads(log.to_json(orient="records")))
+        shutil.rmtree(folder / "checkpoints")
     return model.cpu(), log, folder
 
 

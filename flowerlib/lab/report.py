@@ -174,10 +174,9 @@ def _provenance(results: Path) -> str:
     """Settings, versions, commit and times of every results file; several values of one entry side by side."""
     columns = {}
     for path in sorted(results.glob("*.json")):
-        with store.reading(path):
-            source = runs.read_document(path)["provenance"]
-            versions = pd.json_normalize(source.get("versions", {})).to_dict("list")
-            columns[path.stem] = pd.json_normalize(source | {"versions": versions}, sep=" ").iloc[0].to_dict()
+        source = runs.read_document(path)["provenance"]
+        versions = pd.json_normalize(source.get("versions", {})).to_dict("list")
+        columns[path.stem] = pd.json_normalize(source | {"versions": versions}, sep=" ").iloc[0].to_dict()
     text = pd.DataFrame(columns).map(lambda x: ", ".join(dict.fromkeys(map(str, x))) if isinstance(x, list) else x)
     with pd.option_context("display.max_colwidth", None):
         table = text.fillna("").to_html(border=0)

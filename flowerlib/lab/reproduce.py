@@ -53,8 +53,7 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
     that these notebooks find from before.
 
     Raises:
-        ValueError: unknown profile, a parameter that no notebook has, or a value out of its range; another run works in
-            that folder, it cannot be written, or a file in it is damaged.
+        ValueError: unknown profile, a parameter that no notebook has, or a value out of its range; another run there.
         NotebookError: a notebook stopped with an error.
     """
     names = {name: parameters(FOLDER / name) for name in only}
@@ -68,12 +67,11 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
     folder = runs.output_dir(profile, out)
     moment = folder / "fresh.json"  # of --fresh, until a run comes to its end: a killed one resumes where it was
     with store.alone(folder):
-        store.sweep(left for below in ("", "*/", "*/*/") for left in store.leftovers(folder, below))
+        store.sweep(lock for below in ("", "*/", "*/*/") for lock in list(folder.glob(below + store.LEFT)))
         if fresh and not moment.exists():
             store.write_json(moment, time.time())
         if moment.exists():
-            with store.reading(moment):
-                os.environ[store.FRESH] = str(float(store.read_json(moment)))
+            os.environ[store.FRESH] = str(store.read_json(moment))
         try:
             _run_all(profile, folder, overrides, names)
         finally:
@@ -111,14 +109,13 @@ def _state(path: str | Path) -> list[Any]:
 
 
 def _outputs(folder: Path, name: str) -> str:
-    """A name for what a notebook left: itself, its results and figures and, of 01 to 03, the finished step: its mark,
-    its tables, the training that the mark names."""
+    """A name for what a notebook left: itself, results, figures; of 01 to 03, mark, tables and training of the step."""
     paths = [*sorted(folder.glob(f"results/{name[:2]}_*.json")), *sorted(folder.glob(f"figures/{name[:2]}_*.png"))]
     paths.append(folder / "notebooks" / name)
     for mark in (folder / step / "settings.json" for step, notebook in runs.STEPS.items() if notebook == name):
         paths += [mark, *sorted(mark.parent.glob("*.parquet"))]
-        text = mark.read_text(encoding="utf-8", errors="replace") if mark.exists() else ""
-        paths += sorted(made for made in folder.glob("*/*/made.json") if f'"{made.parent.name}"' in text)
+        text = mark.read_bytes() if mark.exists() else b""
+        paths += [made for made in folder.glob("*/*/made.json") if made.parent.name.encode() in text]
     return store.digest(*(path.read_bytes() if path.exists() else b"" for path in paths))
 
 
@@ -127,33 +124,30 @@ def _run(name: str, given: Mapping[str, Any], folder: Path) -> float:
     logging.getLogger("papermill").addHandler(logging.NullHandler())  # the streams below show it already
     executed = folder / "notebooks" / name
     executed.parent.mkdir(parents=True, exist_ok=True)
-    path, start = folder / "timings.json", time.perf_counter()
-    with store.reading(path):
-        timings = dict(store.read_json(path)) if path.exists() else {}
+    start, fault = time.perf_counter(), ""
     try:
         papermill.execute_notebook(
             FOLDER / name, executed, parameters=dict(given), kernel_name="python3", cwd=FOLDER, log_output=True,
             stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False, extra_arguments=["--log-level=ERROR"],
         )
     except papermill.PapermillExecutionError as error:
-        said = " ".join(f"{error.ename}: {error.evalue}".split())
-        raise NotebookError(f"{name} stopped with {said} (see {executed}){_room(folder)}") from None
+        fault = f"stopped with {error.ename}: {error.evalue} (see {executed})"
     except DeadKernelError:
-        raise NotebookError(f"{name} died without a word, as it does when memory or the disk is full{_room(folder)}") from None
+        fault = "died without a word, as it does when memory or the disk is full"
+    except OSError as error:
+        fault = f"cannot be written ({error})"
+    if fault:  # few errors of a full disk say so
+        free = shutil.disk_usage(folder).free >> 20
+        fault += f"; {folder} has {free} MB of room left: make room" if free < 100 else ""
+        raise NotebookError(f"{name} {' '.join(fault.split())}")
     seconds = time.perf_counter() - start
-    entry = {"seconds": round(seconds, 1), "matmul_1024_seconds": store.matmul_seconds()}
+    path, entry = folder / "timings.json", {"seconds": round(seconds, 1), "matmul_1024_seconds": store.matmul_seconds()}
     if resource:
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**(2 if sys.platform == "darwin" else 1)
         entry["peak_mb_so_far"] = round(peak)
-    store.write_json(path, timings | {name: entry})
+    store.write_json(path, (store.read_json(path) if path.exists() else {}) | {name: entry})
     print(f"{name}: {seconds:.0f} s", flush=True)
     return seconds
-
-
-def _room(folder: Path) -> str:
-    """A hint, where the disk is all but full: errors of full disks seldom say so."""
-    free = shutil.disk_usage(folder).free >> 20
-    return f"; {folder} has {free} MB of room left: make room" if free < 100 else ""
 
 
 def main() -> None:
@@ -175,11 +169,8 @@ def main() -> None:
             rows = runs.read_results(folder / "results" / f"{Path(NOTEBOOKS[-1]).stem}.json")
             print(f"\n{report.headline(folder)}\n\n{report.lists_table(rows)}\n")
         print(f"report: {report.report(folder)}\nexecuted notebooks: {folder / 'notebooks'}")
-    except (ValueError, NotebookError, FileNotFoundError) as error:
+    except (ValueError, OSError, NotebookError) as error:
         raise SystemExit(f"error: {error}") from None
-    except OSError as error:  # a full disk, most often
-        folder = runs.output_dir(args.profile, args.out)
-        raise SystemExit(f"error: {folder} cannot be written or read ({error}){_room(folder)}") from None
     print(f"figures: {folder / 'figures'}\nresults: {folder / 'results'}")
 
 

@@ -21,13 +21,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock
 from pyarrow import csv
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import model
 from ..data import PARTS, Tables, clean_title, histories, is_blank, move_article, split_interactions
 from .settings import Settings
-from .store import ROOT, atomic, sweep
+from .store import LOCK, ROOT, atomic, sweep
 
 DATA = ROOT / "data"
 INTERACTION = ["user_id", "item_id", "timestamp"]
@@ -79,11 +78,7 @@ def model_folder(name: str) -> str | Path:
 
 def open_backbone(settings: Settings, titles: Sequence[str], prompt: str | None = None) -> model.Backbone:
     """`model.open_backbone` with the model that the settings name, from its `model_folder`."""
-    folder = model_folder(settings.model)
-    try:
-        return model.open_backbone(settings, titles, folder, prompt)
-    except SafetensorError as error:
-        raise ValueError(f"{folder} holds damaged weights ({error}): remove it and fetch it again") from error
+    return model.open_backbone(settings, titles, model_folder(settings.model), prompt)
 
 
 def _fetch(folder: Path, notice: str, pinned: str, sha256: str, members: Sequence[str],
@@ -95,7 +90,7 @@ def _fetch(folder: Path, notice: str, pinned: str, sha256: str, members: Sequenc
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if folder.is_dir():
             return folder
-        sweep(folder.parent.glob(f".{folder.name}.*/"))
+        sweep(left / LOCK for left in folder.parent.glob(f".{folder.name}.*/"))
         print(f"fetching {notice} into {folder.parent.name}/{folder.name}", flush=True)
         try:
             with atomic(folder) as new:

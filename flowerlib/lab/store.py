@@ -1,8 +1,7 @@
 """Work that is kept: written whole or not at all, known by what it was made from, with its origin beside it.
 
 A kept thing is a JSON record, or a folder whose record is its made.json, written last. The record holds `made_from`,
-the settings and data that it depends on, and `provenance`. Nothing here removes kept work. What cannot be read is
-refused with a sentence, never taken and never overwritten: the person decides.
+the settings and data that it depends on, and `provenance`. Nothing here removes kept work, readable or not.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import tempfile
 import time
 import timeit
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +33,7 @@ from ..model import ROOT
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "pandas")
 FRESH = "FLOWERLIB_FRESH"  # environment variable: work from before this moment (seconds since 1970) is made again
 LOCK = ".flowerlib.lock"  # a file that a process holds in the folder where it works; the system lets go when it dies
+LEFT = f".*.*/{LOCK}"  # of the temporary folders of `atomic`
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     after an error it is removed and `path` is as it was. What killed processes have left in that folder is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(leftovers(path.parent))
+    sweep(path.parent.glob(LEFT))
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder, FileLock(f"{folder}/{LOCK}"):
         new = Path(folder) / path.name
         yield new
@@ -51,28 +51,20 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(new, path)
 
 
-def leftovers(folder: Path, below: str = "") -> list[Path]:
-    """The temporary folders of `atomic` in a folder, or in those `below` it, of the living too."""
-    return [lock.parent for lock in folder.glob(f"{below}.*.*/{LOCK}")]
-
-
-def sweep(temporary: Iterable[Path]) -> None:
-    """Removes those of these folders whose process has died."""
-    for folder in temporary:
-        with suppress(Timeout), FileLock(folder / LOCK, timeout=0):
-            shutil.rmtree(folder)
+def sweep(locks: Iterable[Path]) -> None:
+    """Removes the temporary folders of `atomic` that hold these locks, but for those of living processes."""
+    for lock in locks:
+        with suppress(Timeout), FileLock(lock, timeout=0):
+            shutil.rmtree(lock.parent)
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """No other process works in the folder while the block runs. Of several that share one training, the first holds it
+    """No other process works in the folder while the block runs; of several that share one training, the first holds it
     for all. Raises ValueError, at once, where another one does, and where the folder cannot be written."""
-    if os.environ.get("RANK", "0") != "0":  # set by `accelerate launch`
-        yield
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / LOCK).acquire(timeout=0)
+        held = FileLock(folder / LOCK).acquire(timeout=0) if os.environ.get("RANK", "0") == "0" else nullcontext()
     except Timeout:
         raise ValueError(f"another run works in {folder}: wait for it or give another OUT") from None
     except OSError as error:

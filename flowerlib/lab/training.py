@@ -213,34 +213,22 @@ def finetune(
 
     Raises:
         ValueError: a title or a row is longer than the model's context; sampled paths behind frozen layers; a reward
-            that is not positive; a batch that does not part evenly over the processes; a finished training that is
-            damaged, or one that another process is at.
+            that is not positive; a batch that does not part evenly over the processes; another process trains the same.
     """
     settings = settings if log_item_rewards is not None else replace(settings, theta=1.0)
     if settings.theta < 1 and settings.frozen_layers and settings.paths != "logged":
         raise ValueError("paths that are drawn need every layer at hand: set frozen_layers and tuned_layers to 0 in 02")
-    model = backbone.model
+    model, _, catalogue = backbone
     origin = made_from(settings, tables, log_item_rewards, preference, leaf_weights)
     folder = folder / f"{settings.method.split(',')[0]}-{store.digest(origin)}"
     record = store.find(folder / "made.json", origin, "log")
-    if record is None:
-        with store.alone(folder):
-            return _train(backbone, tables, settings, folder, cache, origin, log_item_rewards, preference, leaf_weights)
-    print(f"{folder.name}: trained already with these settings, taken as it is", flush=True)
-    with store.reading(folder / "model", folder):
-        model.load_state_dict(type(model).from_pretrained(folder / "model", dtype=torch.float32).state_dict())
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a process that was killed as it ended
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return pd.DataFrame(record["log"]), folder
-
-
-def _train(
-    backbone: Backbone, tables: data.Tables, settings: TrainSettings, folder: Path, cache: Path,
-    origin: dict[str, Any], log_item_rewards: Tensor | None, preference: torch.nn.Module | None,
-    leaf_weights: Tensor | None,
-) -> tuple[pd.DataFrame, Path]:
-    """`finetune` where nothing is finished; folder is that of this training alone."""
-    model, _, catalogue = backbone
+    if record is not None:
+        print(f"{folder.name}: trained already with these settings, taken as it is", flush=True)
+        with store.reading(folder / "model", folder):
+            model.load_state_dict(type(model).from_pretrained(folder / "model", dtype=torch.float32).state_dict())
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a process that was killed as it ended
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return pd.DataFrame(record["log"]), folder
     rows, valid = training_rows(catalogue, tables, settings), validation_rows(catalogue, tables, settings)
     _check_lengths(model, catalogue, (rows, valid))
     rewards = torch.zeros(catalogue.trie.n_items) if log_item_rewards is None else log_item_rewards
@@ -249,7 +237,6 @@ def _train(
     tuned = model.to(arguments.device)
     set_seed(settings.seed)
     with arguments.main_process_first():  # where several processes train
-        last = last_checkpoint(folder / "checkpoints")
         if settings.frozen_layers:
             trunk, tuned = split_layers(model, settings.frozen_layers)
             tuned.get_input_embeddings().requires_grad_(False)
@@ -267,23 +254,27 @@ def _train(
     )
     trainer.remove_callback(PrinterCallback)
     torch.manual_seed(settings.seed + 1_000_003 * arguments.process_index)  # every process draws paths of its own
-    trainer.train(resume_from_checkpoint=last)
-    trainer.accelerator.unwrap_model(tuned, keep_fp32_wrapper=False)  # bfloat16 is for training alone
-    if settings.lora_rank:
-        tuned.merge_and_unload()
-    log = log_table(trainer.state.log_history)
-    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if tuned is model else None  # where it is sharded
-    if trainer.is_world_process_zero():
-        with store.atomic(folder / "model") as new:
-            model.eval().save_pretrained(new, state_dict=whole)
-            backbone.tokenizer.save_pretrained(new)
-        tables.items.to_parquet(folder / "items.parquet", index=False)
-        source = store.provenance(asdict(settings), time.perf_counter() - start, arguments.bf16)
-        source["resumed"] = last is not None  # then the seconds are those since
-        items = hashlib.sha256((folder / "items.parquet").read_bytes()).hexdigest()
-        store.keep(folder / "made.json", origin, source, log=json.loads(log.to_json(orient="records")), items=items)
-    trainer.accelerator.wait_for_everyone()
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    with store.alone(folder):
+        with arguments.main_process_first():
+            last = last_checkpoint(folder / "checkpoints")
+        trainer.train(resume_from_checkpoint=last)
+        trainer.accelerator.unwrap_model(tuned, keep_fp32_wrapper=False)  # bfloat16 is for training alone
+        if settings.lora_rank:
+            tuned.merge_and_unload()
+        log = log_table(trainer.state.log_history)
+        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if tuned is model else None  # if it is sharded
+        if trainer.is_world_process_zero():
+            with store.atomic(folder / "model") as new:
+                model.eval().save_pretrained(new, state_dict=whole)
+                backbone.tokenizer.save_pretrained(new)
+            tables.items.to_parquet(folder / "items.parquet", index=False)
+            items = hashlib.sha256((folder / "items.parquet").read_bytes()).hexdigest()
+            source = store.provenance(asdict(settings), time.perf_counter() - start, arguments.bf16)
+            source["resumed"] = last is not None  # then the seconds are those since
+            logged = json.loads(log.to_json(orient="records"))
+            store.keep(folder / "made.json", origin, source, log=logged, items=items)
+        trainer.accelerator.wait_for_everyone()
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return log, folder
 
 
