@@ -149,7 +149,7 @@ def train_preference(
     trainer.remove_callback(PrinterCallback)
     with store.alone(folder):
         trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
-        log = log_table(trainer.state.log_history)
+        log = log_table(trainer.state.log_history, steps)
         model.eval().save_pretrained(folder)
         source = store.provenance(asdict(settings), time.perf_counter() - start)
         store.keep(folder / "made.json", origin, source, log=json.loads(log.to_json(orient="records")))

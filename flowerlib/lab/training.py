@@ -129,12 +129,13 @@ class OneBar(TrainerCallback):
         self.bar.close()
 
 
-def log_table(history: list[dict[str, float]]) -> pd.DataFrame:
-    """transformers' record of a training as columns step, kind ("train" or "validation"), loss, and sft and flow."""
+def log_table(history: list[dict[str, float]], last_step: int | None = None) -> pd.DataFrame:
+    """transformers' record of a training as columns step, kind ("train" or "validation"), loss, and sft and flow. Where
+    a run was killed behind its `last_step`, transformers takes one more, at a learning rate of 0: it is left out."""
     records = []
     for entry in history:
         kind, prefix = ("train", "") if "loss" in entry else ("validation", "eval_")
-        if prefix + "loss" in entry:
+        if prefix + "loss" in entry and entry["step"] <= (last_step or entry["step"]):
             parts = {name: entry[prefix + name] for name in ("loss", "sft", "flow") if prefix + name in entry}
             records.append({"step": entry["step"], "kind": kind} | parts)
     return pd.DataFrame(records)
@@ -261,7 +262,7 @@ def finetune(
         trainer.accelerator.unwrap_model(tuned, keep_fp32_wrapper=False)  # bfloat16 is for training alone
         if settings.lora_rank:
             tuned.merge_and_unload()
-        log = log_table(trainer.state.log_history)
+        log = log_table(trainer.state.log_history, arguments.max_steps)
         whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if tuned is model else None  # if it is sharded
         if trainer.is_world_process_zero():
             with store.atomic(folder / "model") as new:

@@ -201,6 +201,34 @@ def test_a_checkpoint_whose_state_is_half_written_is_passed_over(tmp_path, conte
     assert not (tmp_path / "checkpoint-6").exists()
 
 
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_a_training_that_was_killed_behind_its_last_step_ends_as_an_unbroken_one(tmp_path, monkeypatch, kind):
+    """Before its model was saved: by the person, or by a full disk."""
+    few = replace(SMOKE, theta=1.0, rows="target", epochs=2.5, batch_size=1, preference_epochs=2.5)  # not whole epochs
+    monkeypatch.setattr(preference, "BATCH", 1)
+
+    def train(folder):
+        if kind == "preference":
+            return preference.train_preference([[0, 1, 2], [2, 1, 0]], [[0], [1]], [1, 2], 3, few, folder)
+        backbone = model.open_backbone(few, TITLES)
+        log, made = training.finetune(backbone, world(), few, folder, folder / "cache")
+        return backbone.model, log, made
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    whole, log, _ = train(tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr({"sft": training, "preference": preference}[kind], "log_table", stop)
+        train(tmp_path / "killed")
+    assert list((tmp_path / "killed").glob("*/checkpoints/checkpoint-*"))
+    resumed, log_after, made = train(tmp_path / "killed")
+    pd.testing.assert_frame_equal(log_after, log)
+    for name, weights in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], weights), name
+    assert not (made / "checkpoints").exists()
+
+
 def test_checkpoints_of_a_training_that_was_killed_as_it_ended_are_removed(tmp_path):
     made, given = kept_preference(tmp_path)
     (made / "checkpoints" / "checkpoint-3").mkdir(parents=True)
