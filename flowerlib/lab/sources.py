@@ -6,6 +6,7 @@ Readers raise FileNotFoundError for a missing file and ValueError for a malforme
 import gzip
 import io
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -26,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from .. import model
 from ..data import PARTS, Tables, clean_title, histories, is_blank, move_article, split_interactions
 from .settings import Settings
-from .store import LOCK, ROOT, atomic, sweep
+from .store import ROOT, atomic
 
 DATA = ROOT / "data"
 INTERACTION = ["user_id", "item_id", "timestamp"]
@@ -90,7 +91,8 @@ def _fetch(folder: Path, notice: str, pinned: str, sha256: str, members: Sequenc
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if folder.is_dir():
             return folder
-        sweep(left / LOCK for left in folder.parent.glob(f".{folder.name}.*/"))
+        for leftover in folder.parent.glob(f".{folder.name}.*/"):  # of a process that was killed
+            shutil.rmtree(leftover)
         print(f"fetching {notice} into {folder.parent.name}/{folder.name}", flush=True)
         try:
             with atomic(folder) as new:

@@ -43,7 +43,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent.glob(LEFT))
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder, FileLock(f"{folder}/{LOCK}"):
+    with (tempfile.TemporaryDirectory(None, f".{path.name}.", path.parent, ignore_cleanup_errors=True) as folder,
+          FileLock(f"{folder}/{LOCK}")):
         new = Path(folder) / path.name
         yield new
         if path.is_dir():  # a folder cannot be replaced in one step: move the old one aside first
@@ -52,10 +53,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def sweep(locks: Iterable[Path]) -> None:
-    """Removes the temporary folders of `atomic` that hold these locks, but for those of living processes."""
+    """Removes the temporary folders of `atomic` that have these locks, but for those of living processes."""
     for lock in locks:
-        with suppress(Timeout), FileLock(lock, timeout=0):
-            shutil.rmtree(lock.parent)
+        with suppress(OSError):  # the lock is held, or gone as its process came to its end
+            if time.time() - lock.stat().st_mtime > 1:  # a younger one may be there and not be held yet
+                with FileLock(lock, timeout=0):
+                    shutil.rmtree(lock.parent)
 
 
 @contextmanager

@@ -53,6 +53,11 @@ def killed(work):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
+def made_old(lock):
+    """A while later."""
+    os.utime(lock, (time.time() - 10,) * 2)
+
+
 def dies_while_it_writes(path):
     with store.atomic(path) as new:
         new.mkdir()
@@ -99,6 +104,7 @@ def test_a_second_run_is_refused_at_once_and_touches_nothing(tmp_path, another, 
     store.write_json(out / "data" / "settings.json", {"settings": vars(SMOKE), "made": None})
     (out / ".model.abcdefgh").mkdir()
     (out / ".model.abcdefgh" / store.LOCK).touch()
+    made_old(out / ".model.abcdefgh" / store.LOCK)
     before, start = files(out), time.monotonic()
     for fresh in ([], ["--fresh"]):
         said = main(monkeypatch, reproduce, "--profile", "smoke", "--out", str(out), *fresh)
@@ -169,11 +175,13 @@ def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_there(tmp
         (tmp_path / foreign / "kept").touch()
     kept = files(tmp_path)
     killed(lambda: dies_while_it_writes(tmp_path / "model"))
+    made_old(next(tmp_path.glob(store.LEFT)))
     left = files(tmp_path).keys() - kept.keys()
     assert any(path.read_text() == "half" for path in left)
     with store.atomic(tmp_path / "other.json") as new:  # of another file in that folder
         new.write_text("whole")
         assert not any(path.exists() for path in left)
+        made_old(new.parent / store.LOCK)
         with store.atomic(tmp_path / "third.json") as third:  # the first one lives
             third.write_text("whole")
     assert files(tmp_path) == kept | {tmp_path / name: b"whole" for name in ("other.json", "third.json")}
@@ -184,12 +192,35 @@ def test_what_killed_processes_left_anywhere_in_a_run_is_removed_by_the_next_run
     places = ("report.html", "cache/train.npy", "results/04.json", "sft/SFT-1/model", "preference/p_ui-1/made.json")
     for place in places:
         killed(lambda: dies_while_it_writes(tmp_path / place))
+        made_old(next((tmp_path / place).parent.glob(store.LEFT)))
     assert sum(path.name == "weights" for path in files(tmp_path)) == len(places)
     with store.atomic(tmp_path / "figures" / "a.png") as lives:  # of a notebook in JupyterLab
         lives.touch()
+        made_old(lives.parent / store.LOCK)
         reproduce.reproduce("smoke", str(tmp_path), {})
         assert lives.exists()
     assert sorted(files(tmp_path)) == [tmp_path / store.LOCK, tmp_path / "figures" / "a.png"]
+
+
+def test_many_who_write_in_one_folder_at_once_do_no_harm(tmp_path):
+    def work(n):
+        for i in range(100):
+            store.write_json(tmp_path / f"{i % 7}.json", {"n": n})
+            store.write_json(tmp_path / f"own_{n}.json", [n] * i)
+
+    children = []
+    for n in range(4):
+        if not (child := os.fork()):
+            try:
+                work(n)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    assert all(store.read_json(tmp_path / f"own_{n}.json") == [n] * 99 for n in range(4))
+    store.write_json(tmp_path / "0.json", {})
+    assert len(list(tmp_path.iterdir())) == 7 + 4
 
 
 @pytest.mark.parametrize("content", ["", '{"best_metric": 1.0, "log_hist', "[", "\0" * 64])
