@@ -263,7 +263,7 @@ def finetune(
         if settings.lora_rank:
             tuned.merge_and_unload()
         log = log_table(trainer.state.log_history, arguments.max_steps)
-        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if tuned is model else None  # if it is sharded
+        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if tuned is model else None  # if sharded
         if trainer.is_world_process_zero():
             with store.atomic(folder / "model") as new:
                 model.eval().save_pretrained(new, state_dict=whole)
