@@ -7,7 +7,7 @@ REPRODUCE := $(BIN)/python -m flowerlib.lab.reproduce
 AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 GIVEN = $(foreach p,$(PARAMETERS),-p '$(p)')
 
-.PHONY: lab reproduce study report test test-browser bench publish
+.PHONY: lab reproduce study report test test-hard test-browser bench publish
 lab: .venv/ready
 	$(BIN)/python -m jupyterlab --ServerApp.ip=127.0.0.1 $(AS_ROOT) notebooks/00_follow_the_flow.ipynb
 
@@ -24,6 +24,9 @@ report: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+test-hard: .venv/ready
+	FLOWERLIB_HARD=1 $(BIN)/python -m pytest -rA tests/hostile
 
 test-browser: .venv/ready
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) playwright==1.65.2

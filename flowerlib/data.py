@@ -14,10 +14,13 @@ Several item ids may have one title: they share a leaf, see `item_leaves`.
 from __future__ import annotations
 
 import html
+import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +36,29 @@ _TAG = re.compile(r"<(script|style)\b.*?</\1\s*>|<!--.*?-->|</?[a-zA-Z][^<>]*>",
 _SPACE = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 _ARTICLE = re.compile(r"(.+), (The|An|A)")
 _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp", "Zs"}
+
+
+@contextmanager
+def reading(path: str | Path, remove: str | Path | None = None) -> Iterator[None]:
+    """The block reads what this project wrote at `path`; its error becomes one sentence with the cure: a ValueError, or
+    FileNotFoundError where nothing is there. remove: what to remove for the cure, where that is more than `path`."""
+    try:
+        yield
+    except (ImportError, MemoryError, PermissionError):  # no fault of the file
+        raise
+    except Exception as error:  # every format has errors of its own
+        kind, fault = (ValueError, "damaged") if Path(path).exists() else (FileNotFoundError, "missing")
+        cure = f"remove {remove or 'it'} and run" if remove or fault == "damaged" else "run"
+        raise kind(f"{path} is {fault}: {cure} its notebook again") from error
+
+
+def read_json(path: str | Path, *keys: str) -> Any:
+    """What a JSON file holds: an object with these keys, if any are given. Errors as in `reading`."""
+    with reading(path):
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if keys and not (isinstance(value, dict) and {*keys} <= {*value}):
+            raise ValueError(f"no object with {', '.join(keys)}")
+    return value
 
 
 @dataclass(frozen=True)

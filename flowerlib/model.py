@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -21,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast, set_seed,
 )
 
-from .data import item_leaves
+from .data import item_leaves, read_json, reading
 from .trie import TitleTrie
 
 if TYPE_CHECKING:
@@ -173,21 +174,32 @@ def trained_folder(folder: str | Path) -> Path:
     """The folder of a finished training: this one, or the one that a step's folder (such as runs/laptop/flower) names
     in its settings.json. A relative path counts from the project's root. FileNotFoundError where there is none."""
     folder = ROOT / str(folder)
-    if (folder / "settings.json").exists():
-        folder = folder / (json.loads((folder / "settings.json").read_text(encoding="utf-8"))["made"] or "")
+    if (mark := folder / "settings.json").exists():
+        folder = folder / (read_json(mark, "made")["made"] or "")
     if not (folder / "made.json").exists():
         raise FileNotFoundError(f"{folder} holds no finished training: run notebook 02 or 03 first")
     return folder
 
 
+def trained_on(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The settings and the items (item_id, title) of the training in this folder. ValueError where a file is damaged,
+    or items.parquet is not the one that the training wrote (older trainings have not noted it)."""
+    record, path = read_json(folder / "made.json", "provenance"), folder / "items.parquet"
+    with reading(path, folder):
+        if (known := record.get("items")) and hashlib.sha256(path.read_bytes()).hexdigest() != known:
+            raise ValueError("of another training")
+        return record["provenance"]["settings"], pd.read_parquet(path)
+
+
 @lru_cache(maxsize=2)
 def _load_trained(folder: Path, _written: int) -> Backbone:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval().to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    settings = json.loads((folder / "made.json").read_text(encoding="utf-8"))["provenance"]["settings"]
-    titles = pd.read_parquet(folder / "items.parquet").title
-    return Backbone(model, tokenizer, Catalogue.build(tokenizer, titles, settings["category"], settings["rows"]))
+    settings, items = trained_on(folder)
+    with reading(folder / "model", folder):
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    catalogue = Catalogue.build(tokenizer, items.title, settings["category"], settings["rows"])
+    return Backbone(model.to(device), tokenizer, catalogue)
 
 
 def tiny_model(texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

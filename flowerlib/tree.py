@@ -7,7 +7,6 @@ the path to it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
 from .data import clean_title, move_article
-from .model import Catalogue, context_limit, load_trained, split_layers, trained_folder
+from .model import Catalogue, context_limit, load_trained, split_layers, trained_folder, trained_on
 from .rewards import preference_log_rewards
 from .trie import TitleTrie, segment_logsumexp
 
@@ -432,7 +431,7 @@ def recommend(run: str | Path, history: Sequence[Any], k: int = 10) -> pd.DataFr
     if not isinstance(history, (Sequence, np.ndarray, pd.Series, pd.Index)) or getattr(history, "ndim", 1) != 1:
         raise ValueError(f"the history is a {type(history).__name__}: give a flat list of item ids or titles")
     folder = trained_folder(run)
-    items = pd.read_parquet(folder / "items.parquet")
+    settings, items = trained_on(folder)
     model, _, catalogue = load_trained(folder)
     by_id = dict(zip(items.item_id, items.index))
     by_title = dict(zip(items.title[::-1], items.index[::-1]))  # of several, the first
@@ -446,7 +445,6 @@ def recommend(run: str | Path, history: Sequence[Any], k: int = 10) -> pd.DataFr
             hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(f"{entry!r} is neither an item id nor a title of {folder / 'items.parquet'}{hint}")
         places.append(place)
-    settings = json.loads((folder / "made.json").read_text(encoding="utf-8"))["provenance"]["settings"]
     beams = Beams(min(max(k, settings.get("n_beams", 10)), len(catalogue.trie.leaves)))
     [(leaves, scores)] = beam_search(model, catalogue, [places[-settings["max_history"] :]], [beams], seen=[places])
     leaves, scores = leaves[0, :k], scores[0, :k]

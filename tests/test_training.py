@@ -333,7 +333,7 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
     for step, whole in ((3, True), (6, False)):
         (tmp_path / f"checkpoint-{step}").mkdir(parents=True)
         if whole:
-            (tmp_path / f"checkpoint-{step}" / training.TRAINER_STATE_NAME).touch()
+            (tmp_path / f"checkpoint-{step}" / training.TRAINER_STATE_NAME).write_text("{}")
     assert training.last_checkpoint(tmp_path).endswith("checkpoint-3")
     assert training.last_checkpoint(tmp_path / "nothing") is None
 

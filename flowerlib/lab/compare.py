@@ -75,7 +75,7 @@ class Comparison:
     """
 
     def __init__(self, out: Path, **overrides: Any):
-        profile = store.read_json(require(out, "data") / "settings.json")["settings"]["profile"]
+        profile = store.read_json(require(out, "data") / "settings.json", "settings")["settings"]["profile"]
         self.out, self.settings = out, settings(profile, after=out / "data", **overrides)
         self.tables = sources.read_processed(out / "data")
         self.item_leaf = data.item_leaves(self.tables.items.title)
@@ -154,14 +154,14 @@ class Comparison:
         return self._open[1:]
 
     def _records(
-        self, contender: Contender, kind: str, origins: Mapping[str, Mapping[str, Any]],
+        self, contender: Contender, kind: str, content: str, origins: Mapping[str, Mapping[str, Any]],
         make: Callable[[PreTrainedModel, Catalogue, list[str]], list[dict[str, Any]]],
     ) -> dict[str, dict[str, Any]]:
         """By name, the records of what was made from these origins before, and of the others, made now. The provenance
         of the making stands in each, and that of the training beside it."""
         method = contender.settings.method
         paths = {name: self.out / kind / f"{method}-{store.digest(origin)}.json" for name, origin in origins.items()}
-        records = {name: store.find(path, origins[name]) for name, path in paths.items()}
+        records = {name: store.find(path, origins[name], content) for name, path in paths.items()}
         if missing := [name for name, record in records.items() if record is None]:
             lm, catalogue, folder = self.train(contender)
             trained, start = store.read_json(folder / "made.json")["provenance"], time.perf_counter()
@@ -192,7 +192,7 @@ class Comparison:
                                   contender.method, users.log_p, seed)
             return [{"lists": leaves.tolist()} for leaves, _ in results]
 
-        records = self._records(contender, "lists", origins, make)
+        records = self._records(contender, "lists", "lists", origins, make)
         return {name: np.array(record["lists"]) for name, record in records.items()}
 
     def mean_share(self, contender: Contender, n_users: int) -> NDArray[np.float64]:
@@ -208,7 +208,7 @@ class Comparison:
             return [{"share": (total / len(histories)).tolist()}]
 
         origin = {"model": self.origin(contender), "exact": store.digest(histories)}
-        return np.array(self._records(contender, "exact", {"": origin}, make)[""]["share"])
+        return np.array(self._records(contender, "exact", "share", {"": origin}, make)[""]["share"])
 
     def row(
         self, method: str, lists: Lists, part: str, users: Users, n_bootstrap: int = 1000, **labels: Any

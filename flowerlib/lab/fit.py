@@ -360,7 +360,7 @@ def run_case(case: Case, settings: Settings, folder: Path) -> dict[str, Any]:
     origin["base"] = training.base_digest(sources.model_folder(settings.model))
     name = f"{len(case.titles)}_{case.target}_{case.method}_{case.paths}_{case.budget}_{case.seed}"
     path = folder / f"{name}-{store.digest(origin)}.json"
-    if record := store.find(path, origin):
+    if record := store.find(path, origin, "row", "curve", "log_edges", "draws"):
         return record
     training.dry_run(settings, case.titles, folder, settings.prompt)
     start = time.perf_counter()

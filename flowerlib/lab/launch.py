@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import runs, sources, training
+from . import runs, sources, store, training
 from .compare import inputs
 from .preference import load_preference
 from .settings import PROFILES, literal, settings
@@ -18,19 +18,20 @@ from .settings import PROFILES, literal, settings
 
 def launch(method: str, profile: str, out: str | None, overrides: dict[str, Any]) -> Path:
     """Trains "SFT" on what notebook 01 has prepared, or "Flower" (Flower-KL, by the settings) with the settings of SFT;
-    returns its folder. FileNotFoundError: the step before is missing. ValueError: unknown profile or setting."""
+    returns its folder. FileNotFoundError: no step before it. ValueError: unknown profile or setting, or another run."""
     folder, step = runs.output_dir(profile, out), method.lower()
     own = settings(profile, after=runs.require(folder, "data" if method == "SFT" else "sft"), **overrides)
     first = os.environ.get("RANK", "0") == "0"
-    if first:
-        runs.begin(folder, step)
-    tables = sources.read_processed(folder / "data")
-    backbone = sources.open_backbone(own, tables.items.title.tolist())
-    used = replace(own, theta=1.0) if method == "SFT" else own
-    given = inputs(backbone.catalogue, tables, used, load_preference(folder))
-    made = training.finetune(backbone, folder=folder / step, cache=folder / "cache", **given)[1]
-    if first:
-        runs.finish(folder, step, own, made)
+    with store.alone(folder):
+        if first:
+            runs.begin(folder, step)
+        tables = sources.read_processed(folder / "data")
+        backbone = sources.open_backbone(own, tables.items.title.tolist())
+        used = replace(own, theta=1.0) if method == "SFT" else own
+        given = inputs(backbone.catalogue, tables, used, load_preference(folder))
+        made = training.finetune(backbone, folder=folder / step, cache=folder / "cache", **given)[1]
+        if first:
+            runs.finish(folder, step, own, made)
     return made
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         launch(args.method, args.profile, args.out, dict(args.parameter))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, sources.FetchError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

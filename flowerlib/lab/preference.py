@@ -119,8 +119,9 @@ def train_preference(
     origin = {name: getattr(settings, name) for name in used}
     origin |= {"n_leaves": n_leaves, "data": store.digest(rows_by_part)}
     folder = folder / f"p_ui-{store.digest(origin)}"
-    if record := store.find(folder / "made.json", origin):
-        return PreferenceModel.from_pretrained(folder).eval(), pd.DataFrame(record["log"]), folder
+    if record := store.find(folder / "made.json", origin, "log"):
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a process that was killed as it ended
+        return _trained(folder), pd.DataFrame(record["log"]), folder
     start = time.perf_counter()
     set_seed(settings.seed)
     model = PreferenceModel(GPT2Config(
@@ -146,19 +147,25 @@ def train_preference(
     trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()],
                       data_collator=lambda batch: _collate(batch, n_leaves))
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
-    log = log_table(trainer.state.log_history)
-    model.eval().save_pretrained(folder)
-    source = store.provenance(asdict(settings), time.perf_counter() - start)
-    store.keep(folder / "made.json", origin, source, log=json.loads(log.to_json(orient="records")))
-    shutil.rmtree(folder / "checkpoints")
+    with store.alone(folder):
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+        log = log_table(trainer.state.log_history, steps)
+        model.eval().save_pretrained(folder)
+        source = store.provenance(asdict(settings), time.perf_counter() - start)
+        store.keep(folder / "made.json", origin, source, log=json.loads(log.to_json(orient="records")))
+        shutil.rmtree(folder / "checkpoints")
     return model.cpu(), log, folder
 
 
 def load_preference(out: Path) -> PreferenceModel:
     """The preference model of a run; FileNotFoundError if notebook 01, which trains it, has not been run to its end."""
-    made = store.read_json(require(out, "data") / "settings.json")["made"]
-    return PreferenceModel.from_pretrained(out / "preference" / made).eval()
+    made = store.read_json(require(out, "data") / "settings.json", "made")["made"]
+    return _trained(out / "preference" / str(made))
+
+
+def _trained(folder: Path) -> PreferenceModel:
+    with store.reading(folder / "model.safetensors", folder):
+        return PreferenceModel.from_pretrained(folder).eval()
 
 
 def _collate(batch: Sequence[tuple[list[int], list[int]]], begin: int) -> dict[str, Tensor]:

@@ -99,8 +99,11 @@ def timing_table(timings: Mapping[str, Any], names: Sequence[str]) -> str:
 
 def report(folder: Path) -> Path:
     """Writes `folder`/report.html: results (tables, figures, what they say), the executed notebooks, then provenance.
-    Raises FileNotFoundError if no notebook was executed there, ValueError if a results file is damaged."""
-    notebooks = {path.stem: nbformat.read(path, 4) for path in sorted((folder / "notebooks").glob("*.ipynb"))}
+    Raises FileNotFoundError if no notebook was executed there, ValueError if a file is damaged."""
+    notebooks = {}
+    for path in sorted((folder / "notebooks").glob("*.ipynb")):
+        with store.reading(path):
+            notebooks[path.stem] = nbformat.read(path, 4)
     if not notebooks or folder.samefile(store.ROOT):
         raise FileNotFoundError(f"{folder} holds no executed notebook: run `make reproduce` first")
     first, last = map(nbformat.v4.new_markdown_cell, (_results(folder, notebooks), _provenance(folder / "results")))
@@ -124,9 +127,10 @@ def is_noise(output: Mapping[str, Any]) -> bool:
 
 def headline(folder: Path) -> str:
     """What run this is, in one line."""
-    document = runs.read_document(folder / "results" / "04_bias_and_diversity.json")
-    used = document["rows"][0] | document["provenance"]["settings"]
-    line = "Profile {profile}: {dataset}, model {model}, {n_users:,} test rows, one seed.".format_map(used)
+    with store.reading(path := folder / "results" / "04_bias_and_diversity.json"):
+        document = runs.read_document(path)
+        used = document["rows"][0] | document["provenance"]["settings"]
+        line = "Profile {profile}: {dataset}, model {model}, {n_users:,} test rows, one seed.".format_map(used)
     tiny = " A tiny random model: it shows that everything runs, not which method is better."
     return line + tiny if used["model"] == "tiny" else line
 
@@ -135,7 +139,8 @@ def _results(folder: Path, notebooks: Mapping[str, Any]) -> str:
     """Notebook 04's headline and table if it ran; then each notebook's task, table, figures and what these say."""
     results, parts = folder / "results", ["# Flower: results"]
     if (path := results / "04_bias_and_diversity.json").exists():
-        parts += [plain(headline(folder)), lists_table(runs.read_results(path))]
+        with store.reading(path):
+            parts += [plain(headline(folder)), lists_table(runs.read_results(path))]
     for name, notebook in notebooks.items():
         # papermill puts a cell of its own before the first one of a notebook that stopped with an error
         texts = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
@@ -145,7 +150,8 @@ def _results(folder: Path, notebooks: Mapping[str, Any]) -> str:
             parts.append("**This notebook stopped with an error**: see there.")
         table, path = {"05": fit_table, "07": lists_table}.get(name[:2]), results / f"{name}.json"
         if table and path.exists():
-            parts.append(table(runs.read_results(path)))
+            with store.reading(path):
+                parts.append(table(runs.read_results(path)))
         for path in sorted((folder / "figures").glob(f"{name[:2]}_*.png")):
             text, data = plain(_titles(path)), base64.b64encode(path.read_bytes()).decode()
             image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
@@ -155,7 +161,8 @@ def _results(folder: Path, notebooks: Mapping[str, Any]) -> str:
 
 def _titles(figure: Path) -> str:
     """The titles that a figure was saved with."""
-    return Image.open(figure).text.get("Title") or figure.stem
+    with store.reading(figure), Image.open(figure) as image:
+        return image.text.get("Title") or figure.stem
 
 
 def _clean(cell: Any, figures: Path) -> None:
@@ -196,7 +203,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/laptop", help="folder of the run, from the project's root")
     try:
         print(f"report: {report(store.ROOT / parser.parse_args().out)}")
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 
 from ..train import checked
-from . import runs, store
+from . import report, runs, store
 from .settings import PROFILES, Settings, literal, settings
 
 try:
@@ -36,7 +37,7 @@ BENCH = store.ROOT / "runs" / "bench.json"  # what `make bench` writes and noteb
 
 
 class NotebookError(RuntimeError):
-    """A notebook stopped with an error; the message names both."""
+    """A notebook stopped with an error; the message names both, in one line."""
 
 
 def parameters(notebook: Path) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
     that these notebooks find from before.
 
     Raises:
-        ValueError: unknown profile, a parameter that no notebook has, or a value out of its range.
+        ValueError: unknown profile, a parameter that no notebook has, or a value out of its range; another run there.
         NotebookError: a notebook stopped with an error.
     """
     names = {name: parameters(FOLDER / name) for name in only}
@@ -69,16 +70,18 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
         settings(profile, fit=fit, **{key: value for key, value in overrides.items() if key in known})
     folder = runs.output_dir(profile, out)
     moment = folder / "fresh.json"  # of --fresh, until a run comes to its end: a killed one resumes where it was
-    if fresh and not moment.exists():
-        store.write_json(moment, time.time())
-    if moment.exists():
-        os.environ[store.FRESH] = str(store.read_json(moment))
-    try:
-        _run_all(profile, folder, overrides, names)
-    finally:
+    with store.alone(folder):
+        store.sweep(lock for below in ("", "*/", "*/*/") for lock in list(folder.glob(below + store.LEFT)))
+        if fresh and not moment.exists():
+            store.write_json(moment, time.time())
         if moment.exists():
-            del os.environ[store.FRESH]
-    moment.unlink(missing_ok=True)
+            os.environ[store.FRESH] = str(store.read_json(moment))
+        try:
+            _run_all(profile, folder, overrides, names)
+        finally:
+            if moment.exists():
+                del os.environ[store.FRESH]
+        moment.unlink(missing_ok=True)
     return folder
 
 
@@ -94,7 +97,7 @@ def _run_all(profile: str, folder: Path, overrides: Mapping[str, Any], names: Ma
                   "inputs": [_outputs(folder, other) for other in READS.get(name, ())],
                   "files": [_state(path) for path in brought + [BENCH] * (name == SPEED) if path]}
         record = folder / "notebooks" / f"{Path(name).stem}.json"
-        if (done := store.find(record, origin)) and done["outputs"] == _outputs(folder, name):
+        if (done := store.find(record, origin, "outputs")) and done["outputs"] == _outputs(folder, name):
             print(f"{name}: unchanged since its last complete run, skipped", flush=True)
             continue
         print(f"\n{name}", flush=True)
@@ -111,9 +114,13 @@ def _state(path: str | Path) -> list[Any]:
 
 
 def _outputs(folder: Path, name: str) -> str:
-    """A name for what a notebook left: itself, its results and, of 01 to 03, the mark of the finished step."""
-    paths = [*sorted((folder / "results").glob(f"{name[:2]}_*.json")), folder / "notebooks" / name]
-    paths += [folder / step / "settings.json" for step, notebook in runs.STEPS.items() if notebook == name]
+    """A name for what a notebook left: itself, results, figures; of 01 to 03, mark, tables and training of the step."""
+    paths = [*sorted(folder.glob(f"results/{name[:2]}_*.json")), *sorted(folder.glob(f"figures/{name[:2]}_*.png"))]
+    paths.append(folder / "notebooks" / name)
+    for mark in (folder / step / "settings.json" for step, notebook in runs.STEPS.items() if notebook == name):
+        paths += [mark, *sorted(mark.parent.glob("*.parquet"))]
+        text = mark.read_bytes() if mark.exists() else b""
+        paths += [made for made in folder.glob("*/*/made.json") if made.parent.name.encode() in text]
     return store.digest(*(path.read_bytes() if path.exists() else b"" for path in paths))
 
 
@@ -122,16 +129,22 @@ def _run(name: str, given: Mapping[str, Any], folder: Path) -> float:
     logging.getLogger("papermill").addHandler(logging.NullHandler())  # the streams below show it already
     executed = folder / "notebooks" / name
     executed.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
+    start, fault = time.perf_counter(), ""
     try:
         papermill.execute_notebook(
             FOLDER / name, executed, parameters=dict(given), kernel_name="python3", cwd=FOLDER, log_output=True,
             stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False, extra_arguments=["--log-level=ERROR"],
         )
     except papermill.PapermillExecutionError as error:
-        raise NotebookError(f"{name} stopped with {error.ename}: {error.evalue} (see {executed})") from None
+        fault = f"stopped with {error.ename}: {error.evalue} (see {executed})"
     except DeadKernelError:
-        raise NotebookError(f"{name} died without a word, as it does when memory or the disk is full") from None
+        fault = "died without a word, as it does when memory or the disk is full"
+    except OSError as error:
+        fault = f"cannot be written ({error})"
+    if fault:  # few errors of a full disk say so
+        free = shutil.disk_usage(folder).free >> 20
+        fault += f"; {folder} has {free} MB of room left: make room" if free < 100 else ""
+        raise NotebookError(f"{name} {' '.join(fault.split())}")
     seconds = time.perf_counter() - start
     path, entry = folder / "timings.json", {"seconds": round(seconds, 1), "matmul_1024_seconds": store.matmul_seconds()}
     if resource:
@@ -157,14 +170,12 @@ def main() -> None:
     names = [f"{name}.ipynb" for name in args.only or ()] or NOTEBOOKS
     try:
         folder = reproduce(args.profile, args.out, dict(args.parameter), names, args.fresh)
-    except (ValueError, NotebookError) as error:
+        if NOTEBOOKS[-1] in names:
+            rows = runs.read_results(folder / "results" / f"{Path(NOTEBOOKS[-1]).stem}.json")
+            print(f"\n{report.headline(folder)}\n\n{report.lists_table(rows)}\n")
+        print(f"report: {report.report(folder)}\nexecuted notebooks: {folder / 'notebooks'}")
+    except (ValueError, OSError, NotebookError) as error:
         raise SystemExit(f"error: {error}") from None
-    from . import report
-
-    if NOTEBOOKS[-1] in names:
-        rows = runs.read_results(folder / "results" / f"{Path(NOTEBOOKS[-1]).stem}.json")
-        print(f"\n{report.headline(folder)}\n\n{report.lists_table(rows)}\n")
-    print(f"report: {report.report(folder)}\nexecuted notebooks: {folder / 'notebooks'}")
     print(f"figures: {folder / 'figures'}\nresults: {folder / 'results'}")
 
 

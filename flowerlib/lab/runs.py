@@ -23,13 +23,16 @@ STEPS = {"data": "01_prepare_the_data.ipynb", "sft": "02_train_sft.ipynb", "flow
 
 
 def output_dir(profile: str, out: str | None) -> Path:
-    """The folder of a run: `out`, or runs/<profile>; a relative path counts from the project's root. ValueError for an
-    unknown profile, and for the root itself (such as ""), whose notebooks and data would be taken for the run's."""
+    """The folder of a run: `out`, or runs/<profile>; a relative path counts from the project's root. ValueError: unknown
+    profile; the root itself (such as ""), whose notebooks and data would be the run's; no such folder can be."""
     settings(profile)
     path = store.ROOT / (f"runs/{profile}" if out is None else str(out))
     if path.resolve() == store.ROOT.resolve():
         raise ValueError(f"OUT is {str(out)!r}, the project's own folder: name another, or leave it out")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"OUT cannot be the folder {path} ({error.strerror}): give another OUT") from None
     return path
 
 
@@ -95,10 +98,7 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
 
 def read_document(path: str | Path) -> dict[str, Any]:
     """What `write_results` wrote: rows and provenance. Raises ValueError, naming the file, if it is damaged."""
-    document = store.read_json(path)
-    if not {"rows", "provenance"} <= set(document):
-        raise ValueError(f"{path} is damaged: remove it and run its notebook again")
-    return document
+    return store.read_json(path, "rows", "provenance")
 
 
 def save_figure(figure: Any, path: str | Path) -> None:

@@ -1,7 +1,7 @@
 """Work that is kept: written whole or not at all, known by what it was made from, with its origin beside it.
 
 A kept thing is a JSON record, or a folder whose record is its made.json, written last. The record holds `made_from`,
-the settings and data that it depends on, and `provenance`. Nothing here removes kept work.
+the settings and data that it depends on, and `provenance`. Nothing here removes kept work, readable or not.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import time
 import timeit
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,21 +24,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
+from ..data import read_json, reading
 from ..model import ROOT
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "pandas")
 FRESH = "FLOWERLIB_FRESH"  # environment variable: work from before this moment (seconds since 1970) is made again
+LOCK = ".flowerlib.lock"  # a file that a process holds in the folder where it works; the system lets go when it dies
+LEFT = f".*.*/{LOCK}"  # of the temporary folders of `atomic`
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yields a temporary sibling of `path` to write, a file or a folder. It replaces `path` when the block ends well;
-    after an error it is removed and `path` is as it was."""
+    after an error it is removed and `path` is as it was. What killed processes have left in that folder is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    sweep(path.parent.glob(LEFT))
+    with (tempfile.TemporaryDirectory(None, f".{path.name}.", path.parent, ignore_cleanup_errors=True) as folder,
+          FileLock(f"{folder}/{LOCK}")):
         new = Path(folder) / path.name
         yield new
         if path.is_dir():  # a folder cannot be replaced in one step: move the old one aside first
@@ -45,18 +52,34 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(new, path)
 
 
+def sweep(locks: Iterable[Path]) -> None:
+    """Removes the temporary folders of `atomic` that have these locks, but for those of living processes."""
+    for lock in locks:
+        with suppress(OSError):  # the lock is held, or gone as its process came to its end
+            if time.time() - lock.stat().st_mtime > 1:  # a younger one may be there and not be held yet
+                with FileLock(lock, timeout=0):
+                    shutil.rmtree(lock.parent)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No other process works in the folder while the block runs; of several that share one training, the first holds it
+    for all. Raises ValueError, at once, where another one does, and where the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / LOCK).acquire(timeout=0) if os.environ.get("RANK", "0") == "0" else nullcontext()
+    except Timeout:
+        raise ValueError(f"another run works in {folder}: wait for it or give another OUT") from None
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}): give another OUT") from None
+    with held:
+        yield
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Writes JSON atomically. Raises ValueError for NaN and infinity."""
     with atomic(path) as new:
         new.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: str | Path) -> Any:
-    """What a JSON file holds. Raises ValueError, naming the file, where it is damaged."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{path} is damaged: remove it and run its notebook again") from None
 
 
 def digest(*parts: Any) -> str:
@@ -73,15 +96,18 @@ def digest(*parts: Any) -> str:
     return sha.hexdigest()[:12]
 
 
-def find(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record at `path` if it is there and made from just this, else None. Says so if another commit made it."""
+def find(path: Path, made_from: Mapping[str, Any], *content: str) -> dict[str, Any] | None:
+    """The record at `path` if it is there and made from just this, else None. Says so if another commit made it.
+    Raises ValueError where it is damaged, or has not this content."""
     if outdated(path):
         return None
-    record = read_json(path)
-    if record.get("made_from") != json.loads(json.dumps(made_from)):
+    with reading(path):
+        record = read_json(path, "made_from", *content)
+        made_by = record["provenance"]["commit"]
+    if record["made_from"] != json.loads(json.dumps(made_from)):
         return None
-    if record["provenance"]["commit"] != commit():
-        _say(path.parent.name, record["provenance"]["commit"])
+    if made_by != commit():
+        _say(path.parent.name, made_by)
     return record
 
 

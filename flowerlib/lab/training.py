@@ -39,8 +39,8 @@ def run_trunk(rows: Rows, trunk: PreTrainedModel, folder: Path, name: str, batch
     folder/<name>-<digest of rows and weights>.npy."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{store.digest(rows.start, *rows.input_ids, *trunk.parameters())}.npy"
+    shape = (int(rows.start[-1]), trunk.config.hidden_size)
     if not path.exists():
-        shape = (int(rows.start[-1]), trunk.config.hidden_size)
         needed, free = 2 * shape[0] * shape[1], shutil.disk_usage(folder).free
         if needed > free:  # a memory-mapped file that outgrows the disk would kill the process
             raise OSError(f"{folder} needs {needed >> 20:,} MB and the disk has {free >> 20:,} MB free: make room")
@@ -57,7 +57,8 @@ def run_trunk(rows: Rows, trunk: PreTrainedModel, folder: Path, name: str, batch
                 for i, row in zip(batch, states.numpy(force=True)):
                     out[rows.start[i] : rows.start[i + 1]] = row[-len(rows.input_ids[i]) :]
             out.flush()
-    rows.hidden = np.load(path, mmap_mode="r")
+    with store.reading(path):
+        rows.hidden = np.load(path, mmap_mode="r").reshape(shape)
 
 
 class LikeLengths(LengthGroupedSampler):
@@ -128,12 +129,13 @@ class OneBar(TrainerCallback):
         self.bar.close()
 
 
-def log_table(history: list[dict[str, float]]) -> pd.DataFrame:
-    """transformers' record of a training as columns step, kind ("train" or "validation"), loss, and sft and flow."""
+def log_table(history: list[dict[str, float]], last_step: int | None = None) -> pd.DataFrame:
+    """transformers' record of a training as columns step, kind ("train" or "validation"), loss, and sft and flow. Where
+    a run was killed behind its `last_step`, transformers takes one more, at a learning rate of 0: it is left out."""
     records = []
     for entry in history:
         kind, prefix = ("train", "") if "loss" in entry else ("validation", "eval_")
-        if prefix + "loss" in entry:
+        if prefix + "loss" in entry and entry["step"] <= (last_step or entry["step"]):
             parts = {name: entry[prefix + name] for name in ("loss", "sft", "flow") if prefix + name in entry}
             records.append({"step": entry["step"], "kind": kind} | parts)
     return pd.DataFrame(records)
@@ -212,7 +214,8 @@ def finetune(
 
     Raises:
         ValueError: a title or a row is longer than the model's context; `dry_run` fails; sampled paths behind frozen
-            layers; a reward that is not positive; a batch that does not part evenly over the processes.
+            layers; a reward that is not positive; a batch that does not part evenly over the processes; another process
+            trains the same.
     """
     settings = settings if log_item_rewards is not None else replace(settings, theta=1.0)
     if settings.theta < 1 and settings.frozen_layers and settings.paths != "logged":
@@ -220,10 +223,12 @@ def finetune(
     model, _, catalogue = backbone
     origin = made_from(settings, tables, log_item_rewards, preference, leaf_weights)
     folder = folder / f"{settings.method.split(',')[0]}-{store.digest(origin)}"
-    record = store.find(folder / "made.json", origin)
+    record = store.find(folder / "made.json", origin, "log")
     if record is not None:
         print(f"{folder.name}: trained already with these settings, taken as it is", flush=True)
-        model.load_state_dict(type(model).from_pretrained(folder / "model", dtype=torch.float32).state_dict())
+        with store.reading(folder / "model", folder):
+            model.load_state_dict(type(model).from_pretrained(folder / "model", dtype=torch.float32).state_dict())
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a process that was killed as it ended
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         return pd.DataFrame(record["log"]), folder
     rows, valid = training_rows(catalogue, tables, settings), validation_rows(catalogue, tables, settings)
@@ -237,7 +242,6 @@ def finetune(
         dry_run(settings, catalogue.titles, cache)
         start = time.perf_counter()
         set_seed(settings.seed)
-        last = last_checkpoint(folder / "checkpoints")
         if settings.frozen_layers:
             trunk, tuned = split_layers(model, settings.frozen_layers)
             tuned.get_input_embeddings().requires_grad_(False)
@@ -252,22 +256,27 @@ def finetune(
     )
     trainer.remove_callback(PrinterCallback)
     torch.manual_seed(settings.seed + 1_000_003 * arguments.process_index)  # every process draws paths of its own
-    trainer.train(resume_from_checkpoint=last)
-    trainer.accelerator.unwrap_model(tuned, keep_fp32_wrapper=False)  # bfloat16 is for training alone
-    if settings.lora_rank:
-        tuned.merge_and_unload()
-    log = log_table(trainer.state.log_history)
-    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if tuned is model else None  # where it is sharded
-    if trainer.is_world_process_zero():
-        with store.atomic(folder / "model") as new:
-            model.eval().save_pretrained(new, state_dict=whole)
-            backbone.tokenizer.save_pretrained(new)
-        tables.items.to_parquet(folder / "items.parquet", index=False)
-        source = store.provenance(asdict(settings), time.perf_counter() - start, arguments.bf16)
-        source["resumed"] = last is not None  # then the seconds are those since
-        store.keep(folder / "made.json", origin, source, log=json.loads(log.to_json(orient="records")))
-    trainer.accelerator.wait_for_everyone()
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    with store.alone(folder):
+        with arguments.main_process_first():
+            last = last_checkpoint(folder / "checkpoints")
+        trainer.train(resume_from_checkpoint=last)
+        trainer.accelerator.unwrap_model(tuned, keep_fp32_wrapper=False)  # bfloat16 is for training alone
+        if settings.lora_rank:
+            tuned.merge_and_unload()
+        log = log_table(trainer.state.log_history, arguments.max_steps)
+        whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if tuned is model else None  # if sharded
+        if trainer.is_world_process_zero():
+            with store.atomic(folder / "model") as new:
+                model.eval().save_pretrained(new, state_dict=whole)
+                backbone.tokenizer.save_pretrained(new)
+            tables.items.to_parquet(folder / "items.parquet", index=False)
+            items = hashlib.sha256((folder / "items.parquet").read_bytes()).hexdigest()
+            source = store.provenance(asdict(settings), time.perf_counter() - start, arguments.bf16)
+            source["resumed"] = last is not None  # then the seconds are those since
+            logged = json.loads(log.to_json(orient="records"))
+            store.keep(folder / "made.json", origin, source, log=logged, items=items)
+        trainer.accelerator.wait_for_everyone()
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return log, folder
 
 
@@ -380,7 +389,9 @@ def last_checkpoint(folder: Path) -> str | None:
         shutil.rmtree(folder, ignore_errors=True)
         return None
     for half in folder.glob("checkpoint-*"):
-        if not (half / TRAINER_STATE_NAME).exists():  # written last
+        try:
+            store.read_json(half / TRAINER_STATE_NAME)  # written last
+        except (FileNotFoundError, ValueError):
             shutil.rmtree(half)
     return get_last_checkpoint(folder)
 
