@@ -421,7 +421,7 @@ def test_cases_by_hand(own):
 
 def test_every_case_has_a_path_of_its_own_under_its_folder(own, tmp_path, monkeypatch):
     paths = []
-    monkeypatch.setattr(fit.store, "find", lambda path, made_from: paths.append(path) or {"row": {}})
+    monkeypatch.setattr(fit.store, "find", lambda path, made_from, *content: paths.append(path) or {"row": {}})
     every = replace(own, methods=(*FIT_LOSSES, "dpo", "rloo"), fit_paths=FIT_PATHS, n_seeds=2, longer=2)
     listed = fit.cases(every, SMALL)
     for case in listed:
@@ -456,7 +456,7 @@ def test_a_case_is_kept_until_something_it_depends_on_changes_and_whatever_the_c
 
 def test_preference_settings_belong_to_preference_methods(own, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(fit.store, "find", lambda path, made_from: asked.append(made_from) or {"row": {}})
+    monkeypatch.setattr(fit.store, "find", lambda path, made_from, *content: asked.append(made_from) or {"row": {}})
     case = fit.cases(own, SMALL)[1]
     for method in ("sft", "modified_subtb", "dpo"):
         fit.run_case(replace(case, method=method), own, tmp_path)

@@ -362,7 +362,7 @@ def run_case(case: Case, settings: Settings, folder: Path) -> dict[str, Any]:
     path = folder / f"{name}-{store.digest(origin)}.json"
     if record := store.find(path, origin, "row", "curve", "log_edges", "draws"):
         return record
-    training.dry_run(settings, case.titles, folder, settings.prompt)
+    training.dry_run(settings, case.titles, folder.parent / "cache", settings.prompt)
     start = time.perf_counter()
     model, _, catalogue = open_case(case, settings)
     log_rewards = torch.tensor(case.log_rewards, dtype=torch.float64, device=model.device)

@@ -33,27 +33,35 @@ from ..model import ROOT
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "pandas")
 FRESH = "FLOWERLIB_FRESH"  # environment variable: work from before this moment (seconds since 1970) is made again
 LOCK = ".flowerlib.lock"  # a file that a process holds in the folder where it works; the system lets go when it dies
-LEFT = f".*.*/{LOCK}"  # of the temporary folders of `atomic`
+LEFT = f".*.*/{LOCK}"  # of the folders of `scratch`
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yields a temporary sibling of `path` to write, a file or a folder. It replaces `path` when the block ends well;
-    after an error it is removed and `path` is as it was. What killed processes have left in that folder is removed."""
+    after an error it is removed and `path` is as it was."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent.glob(LEFT))
-    with (tempfile.TemporaryDirectory(None, f".{path.name}.", path.parent, ignore_cleanup_errors=True) as folder,
-          FileLock(f"{folder}/{LOCK}")):
-        new = Path(folder) / path.name
+    with scratch(path) as folder:
+        new = folder / path.name
         yield new
         if path.is_dir():  # a folder cannot be replaced in one step: move the old one aside first
-            os.replace(path, Path(folder) / "old")
+            os.replace(path, folder / "old")
         os.replace(new, path)
 
 
+@contextmanager
+def scratch(beside: Path) -> Iterator[Path]:
+    """A temporary folder beside this path. What killed processes have left there is removed."""
+    place = beside.parent
+    place.mkdir(parents=True, exist_ok=True)
+    sweep(place.glob(LEFT))
+    with (tempfile.TemporaryDirectory(None, f".{beside.name}.", place, ignore_cleanup_errors=True) as folder,
+          FileLock(f"{folder}/{LOCK}")):
+        yield Path(folder)
+
+
 def sweep(locks: Iterable[Path]) -> None:
-    """Removes the temporary folders of `atomic` that have these locks, but for those of living processes."""
+    """Removes the folders of `scratch` that have these locks, but for those of living processes."""
     for lock in locks:
         with suppress(OSError):  # the lock is held, or gone as its process came to its end
             if time.time() - lock.stat().st_mtime > 1:  # a younger one may be there and not be held yet

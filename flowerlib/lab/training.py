@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
@@ -313,7 +312,6 @@ def dry_run(settings: TrainSettings, titles: Sequence[str], cache: Path, prompt:
     path, start, few = cache / f"dry_run-{store.digest(origin)}.json", time.perf_counter(), sorted(set(titles))[:6]
     if store.find(path, origin) is not None:
         return
-    cache.mkdir(parents=True, exist_ok=True)
     if wrong := _wrong(settings, few, cache, prompt):
         words, layers = {"cut_vocabulary": False}, {"frozen_layers": 0, "tuned_layers": 0}
         cures = ({"lora_rank": 0}, words, layers, words | layers)
@@ -328,8 +326,8 @@ def dry_run(settings: TrainSettings, titles: Sequence[str], cache: Path, prompt:
 def _wrong(settings: TrainSettings, titles: Sequence[str], cache: Path, prompt: str | None) -> str:
     """What goes wrong with the model under these settings, or ""."""
     try:
-        with tempfile.TemporaryDirectory(prefix=".dry_run.", dir=cache) as folder:
-            for ways, one, other in _ways(settings, titles, Path(folder), prompt):
+        with store.scratch(cache / "dry_run") as folder:
+            for ways, one, other in _ways(settings, titles, folder, prompt):
                 gap = (one.double() - other.double()).abs().max()
                 if not gap <= 1e-3:  # NaN too
                     return f"{ways} differ by {gap:.2g} nats"

@@ -113,7 +113,7 @@ COLUMNS = {
     "LoRA, frozen, cut": CUT | {"cut_vocabulary": True, "lora_rank": 2},
 }
 SETTINGS = TrainSettings(
-    model="", max_history=4, learning_rate=3e-3, epochs=1.0, batch_size=8, evaluations=1, bfloat16=False,
+    model="tiny", max_history=4, learning_rate=3e-3, epochs=1.0, batch_size=8, evaluations=1, bfloat16=False,
     validation_rows=12,
 )
 
