@@ -26,7 +26,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-hard: .venv/ready
-	FLOWERLIB_HARD=1 $(BIN)/python -m pytest -rA tests/hostile
+	FLOWERLIB_HARD=1 $(BIN)/python -m pytest -rA -n auto --maxprocesses 4 --dist loadfile tests/hostile
 
 test-browser: .venv/ready
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) playwright==1.65.2
