@@ -44,12 +44,17 @@ def reading(path: str | Path, remove: str | Path | None = None) -> Iterator[None
     FileNotFoundError where nothing is there. remove: what to remove for the cure, where that is more than `path`."""
     try:
         yield
-    except (ImportError, MemoryError, PermissionError):  # no fault of the file
+    except (ImportError, MemoryError):
         raise
     except Exception as error:  # every format has errors of its own
+        of_the_file = isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
+        if getattr(error, "errno", None) and not of_the_file or "allocate memory" in str(error):
+            raise  # no fault of the file
         kind, fault = (ValueError, "damaged") if Path(path).exists() else (FileNotFoundError, "missing")
         cure = f"remove {remove or 'it'} and run" if remove or fault == "damaged" else "run"
-        raise kind(f"{path} is {fault}: {cure} its notebook again") from error
+        cause = error.__cause__ or error
+        cause = " ".join(f"{type(cause).__name__}: {cause}".split())
+        raise kind(f"{path} is {fault}: {cure} its notebook again ({cause:.120})") from error
 
 
 def read_json(path: str | Path, *keys: str) -> Any:

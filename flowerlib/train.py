@@ -61,7 +61,7 @@ def checked(name: str, value: Any, default: Any, low: float = 0, high: float = 1
 class TrainSettings:
     """What model and training ask. Raises ValueError, as `checked`, for a value of another type or out of its range."""
 
-    seed: int = 0  # of everything random
+    seed: int = setting(0, high=2**32 - 1)  # of everything random
     category: str = "movie"  # what the prompt calls an item
     max_history: int = setting(24, low=1)  # titles a model sees before the one it predicts
     # backbone (notebook 02)

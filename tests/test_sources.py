@@ -524,8 +524,12 @@ def test_recommendations_are_read_by_title_then_id_then_the_only_column(tmp_path
 
     assert sources.read_recommendations(write(user=[1, 1], title=["Heat ", "A &amp; B"])).tolist() == ["Heat", "A & B"]
     assert sources.read_recommendations(write(user=[1, 1], item_id=[20, 10])).tolist() == ["20", "10"]
-    assert sources.read_recommendations(write(name=["Heat"])).tolist() == ["Heat"]
-    with pytest.raises(ValueError, match="needs rows and a column title or item_id, and has 1 rows of \['a', 'b'\]"):
+    if ending == "csv":  # its first line may be a title
+        with pytest.raises(ValueError, match="needs rows and a column title or item_id, and has 1 rows of name"):
+            sources.read_recommendations(write(name=["Heat"]))
+    else:
+        assert sources.read_recommendations(write(name=["Heat"])).tolist() == ["Heat"]
+    with pytest.raises(ValueError, match="needs rows and a column title or item_id, and has 1 rows of a, b"):
         sources.read_recommendations(write(a=[1], b=[2]))
     with pytest.raises(ValueError, match=rf"lists\.{ending}, (line 3|row 1): the title is blank"):
         sources.read_recommendations(write(title=["Heat", ""], rank=[1, 2]))

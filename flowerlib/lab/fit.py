@@ -347,7 +347,8 @@ def cases(settings: Settings, counts: pd.Series) -> list[Case]:
 
 
 def run_case(case: Case, settings: Settings, folder: Path) -> dict[str, Any]:
-    """Tunes and measures one case, or reads its record under `folder` if the same settings have written it.
+    """Tunes and measures one case, or reads its record under `folder` if the same settings have written it. The dry
+    run's record goes into a folder `cache` beside it.
 
     Returns row: the case and its figures, `measure` and the tokens and seconds of training among them; curve: one
     record an evaluation; log_edges: (n_nodes,) log π over the whole vocabulary; draws: (n_leaves,) titles drawn by the

@@ -119,35 +119,36 @@ def train_preference(
     origin = {name: getattr(settings, name) for name in used}
     origin |= {"n_leaves": n_leaves, "data": store.digest(rows_by_part)}
     folder = folder / f"p_ui-{store.digest(origin)}"
-    if record := store.find(folder / "made.json", origin, "log"):
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a process that was killed as it ended
-        return _trained(folder), pd.DataFrame(record["log"]), folder
-    start = time.perf_counter()
-    set_seed(settings.seed)
-    model = PreferenceModel(GPT2Config(
-        vocab_size=n_leaves + 1, n_positions=settings.max_history + 2, n_embd=settings.preference_size, n_layer=2,
-        n_head=2, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2, bos_token_id=n_leaves, eos_token_id=n_leaves,
-    ))
-    sequences, histories, [targets] = rows_by_part
-    rows = _Windows([sequence for sequence in sequences if sequence], settings.max_history + 1)
-    read = [history[-settings.max_history :] for history in histories]
-    valid = [([*row, target], [IGNORED] * len(row) + [target]) for row, target in zip(read, targets, strict=True)]
-    steps = max(1, round(settings.preference_epochs * len(rows) / BATCH))
-    every = -(-steps // 10)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "checkpoints"), per_device_train_batch_size=BATCH, per_device_eval_batch_size=4 * BATCH,
-        learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=steps // 20, max_steps=steps, seed=settings.seed,
-        eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every, save_total_limit=1,
-        load_best_model_at_end=True, metric_for_best_model="eval_loss", logging_steps=every, report_to="none",
-        prediction_loss_only=True, remove_unused_columns=False, disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
-    )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # transformers would put a batch on each device that it sees
-    logging.set_verbosity_error()
-    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()],
-                      data_collator=lambda batch: _collate(batch, n_leaves))
-    trainer.remove_callback(PrinterCallback)
-    with store.alone(folder):
+    with store.at_work(folder, origin, "log") as record:
+        if record:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a process that was killed as it ended
+            return _trained(folder), pd.DataFrame(record["log"]), folder
+        start = time.perf_counter()
+        set_seed(settings.seed)
+        model = PreferenceModel(GPT2Config(
+            vocab_size=n_leaves + 1, n_positions=settings.max_history + 2, n_embd=settings.preference_size, n_layer=2,
+            n_head=2, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2, bos_token_id=n_leaves, eos_token_id=n_leaves,
+        ))
+        sequences, histories, [targets] = rows_by_part
+        rows = _Windows([sequence for sequence in sequences if sequence], settings.max_history + 1)
+        read = [history[-settings.max_history :] for history in histories]
+        valid = [([*row, target], [IGNORED] * len(row) + [target]) for row, target in zip(read, targets, strict=True)]
+        steps = max(1, round(settings.preference_epochs * len(rows) / BATCH))
+        every = -(-steps // 10)
+        arguments = TrainingArguments(
+            str(folder / "checkpoints"), per_device_train_batch_size=BATCH, per_device_eval_batch_size=4 * BATCH,
+            learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=steps // 20, max_steps=steps,
+            seed=settings.seed, eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every,
+            save_total_limit=1,
+            load_best_model_at_end=True, metric_for_best_model="eval_loss", logging_steps=every, report_to="none",
+            prediction_loss_only=True, remove_unused_columns=False, disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
+        )
+        arguments._n_gpu = min(1, arguments.n_gpu)  # transformers would put a batch on each device that it sees
+        logging.set_verbosity_error()
+        trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()],
+                          data_collator=lambda batch: _collate(batch, n_leaves))
+        trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
         log = log_table(trainer.state.log_history, steps)
         model.eval().save_pretrained(folder)

@@ -34,6 +34,7 @@ READS = {name: NOTEBOOKS[:i] for i, name in enumerate(NOTEBOOKS)}  # notebooks w
 READS |= {COMPARISON: NOTEBOOKS[:1], EXPLORERS: (*NOTEBOOKS, COMPARISON)}
 FOLDER = store.ROOT / "notebooks"
 BENCH = store.ROOT / "runs" / "bench.json"  # what `make bench` writes and notebook 08 reads
+BESIDE = {SPEED: (BENCH,), EXPLORERS: (FOLDER / "explorers.py",)}  # files that a notebook reads or imports
 
 
 class NotebookError(RuntimeError):
@@ -86,8 +87,7 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
 
 
 def _run_all(profile: str, folder: Path, overrides: Mapping[str, Any], names: Mapping[str, Mapping[str, Any]]) -> None:
-    files = [*Path(__file__).parent.parent.rglob("*.py"), *FOLDER.glob("*.py")]
-    library = store.digest(*(path.read_bytes() for path in sorted(files)))
+    library = store.digest(*(path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py"))))
     for name in names:
         given = {"PROFILE": profile, "OUT": str(folder)} | {k: v for k, v in overrides.items() if k in names[name]}
         own = settings(profile, fit=name == FIT, **{k: v for k, v in given.items() if hasattr(Settings, k)})
@@ -95,7 +95,7 @@ def _run_all(profile: str, folder: Path, overrides: Mapping[str, Any], names: Ma
         code = [cell.source for cell in nbformat.read(FOLDER / name, 4).cells if cell.cell_type == "code"]
         origin = {"given": given, "library": library, "cells": code,
                   "inputs": [_outputs(folder, other) for other in READS.get(name, ())],
-                  "files": [_state(path) for path in brought + [BENCH] * (name == SPEED) if path]}
+                  "files": [_state(path) for path in (*brought, *BESIDE.get(name, ())) if path]}
         record = folder / "notebooks" / f"{Path(name).stem}.json"
         if (done := store.find(record, origin, "outputs")) and done["outputs"] == _outputs(folder, name):
             print(f"{name}: unchanged since its last complete run, skipped", flush=True)

@@ -343,17 +343,23 @@ def _json_lines(path: str | Path, **fields: type) -> Iterator[list]:
             for number, line in enumerate(lines, 1):
                 row = json.loads(line)
                 values = [row.get(name) for name in fields]
-                "".join(map(str, values)).encode()  # fails where a character is not whole
-                if not all(kind in (object, type(value)) and (kind is not int or abs(value) < 2**62) and value != ""
+                if re.search("[\udc80-\udcff]", "".join(map(str, values))):  # bytes that are no UTF-8
+                    raise UnicodeError
+                if not all(kind is object or type(value) is kind and _is_sound(value)
                            for value, kind in zip(values, fields.values())):
                     raise ValueError
                 yield values
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise ValueError(f"{path} is damaged after line {number}: download it again") from None
-    except UnicodeEncodeError:
+    except UnicodeError:
         raise ValueError(f"{path}, line {number}: not UTF-8, save the file as UTF-8") from None
     except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"{path}, line {number}: not a JSON object with {needed}, as the 2018 dumps have") from None
+
+
+def _is_sound(value: str | int) -> bool:
+    """Whether an id has characters, all whole, or a time fits into 64 bits."""
+    return abs(value) < 2**62 if isinstance(value, int) else bool(value) and not re.search("[\ud800-\udfff]", value)
 
 
 def read_counts(path: str | Path) -> pd.Series:
@@ -380,12 +386,15 @@ def read_counts(path: str | Path) -> pd.Series:
 def read_recommendations(path: str | Path) -> pd.Series:
     """What a recommender recommended, from a CSV, JSON or Parquet file: one title or id a row, a row for every slot.
 
-    The column is `title`, else `item_id`, else the only one there is; other columns (user, rank) are not looked at.
+    The column is `title`, else `item_id`, else (not in a CSV, whose first line may be a title) the only one there is;
+    other columns (user, rank) are not looked at.
     """
     table = _read_any(Path(path))
-    columns = [column for column in ("title", "item_id") if column in table] or list(table) * (table.shape[1] == 1)
+    columns = [column for column in ("title", "item_id") if column in table]
+    columns = columns or list(table) * (table.shape[1] == 1 and table.index.name != "line")
     if not columns or not len(table):
-        raise ValueError(f"{path} needs rows and a column title or item_id, and has {len(table)} rows of {[*table]}")
+        has = ", ".join(map(str, table))
+        raise ValueError(f"{path} needs rows and a column title or item_id, and has {len(table)} rows of {has:.99}")
     return _titles(path, _columns(path, table, title=columns[0]).title).reset_index(drop=True)
 
 
@@ -402,8 +411,8 @@ def _read_any(path: Path) -> pd.DataFrame:
     kind = path.suffix.lower()
     if kind == ".csv":
         table = _read_table(path, ",")
-        for name, cells in () if {"title", "item_id"} & set(table) else table.items():
-            if np.isfinite(pd.to_numeric(name, errors="coerce")) or {*";\t"} & {*name} or name and name in set(cells):
+        for name in () if {"title", "item_id"} & set(table) else table:
+            if np.isfinite(pd.to_numeric(name, errors="coerce")) or {*";\t"} & {*name}:
                 raise ValueError(f"{path}, line 1: {name!r:.60} names no column, begin with a line such as title,count")
         return table
     wanted = {".json": "a JSON list of records, or one object of titles and counts", ".parquet": "a Parquet file"}
@@ -476,7 +485,7 @@ def _columns(path: str | Path, table: pd.DataFrame, *names: str, **renamed: str)
     _refuse(table[plain].isna().any(axis=1), path, f"the {' or the '.join(plain)} is missing")
     for name in plain:
         wrong = ~table[name].astype(object).map(type).isin((str, int))
-        _refuse(wrong, path, f"the {name} {{}} is neither text nor a whole number", table[name])
+        _refuse(wrong, path, f"the {name} {{}} is no text and no integer, store it as one", table[name])
     return table
 
 

@@ -33,7 +33,8 @@ from ..model import ROOT
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "pandas")
 FRESH = "FLOWERLIB_FRESH"  # environment variable: work from before this moment (seconds since 1970) is made again
 LOCK = ".flowerlib.lock"  # a file that a process holds in the folder where it works; the system lets go when it dies
-LEFT = f".*.*/{LOCK}"  # of the folders of `scratch`
+SCRATCH = ".flowerlib.scratch"  # the same, in a folder of `scratch`
+LEFT = f".*.*/{SCRATCH}"  # of the folders of `scratch`
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def scratch(beside: Path) -> Iterator[Path]:
     place.mkdir(parents=True, exist_ok=True)
     sweep(place.glob(LEFT))
     with (tempfile.TemporaryDirectory(None, f".{beside.name}.", place, ignore_cleanup_errors=True) as folder,
-          FileLock(f"{folder}/{LOCK}")):
+          FileLock(f"{folder}/{SCRATCH}")):
         yield Path(folder)
 
 
@@ -77,11 +78,22 @@ def alone(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(folder / LOCK).acquire(timeout=0) if os.environ.get("RANK", "0") == "0" else nullcontext()
     except Timeout:
-        raise ValueError(f"another run works in {folder}: wait for it or give another OUT") from None
+        raise ValueError(f"another run works in {folder}: wait for it or give another OUT (if there is none, remove "
+                         f"{folder / LOCK})") from None
     except OSError as error:
         raise ValueError(f"{folder} cannot be written ({error.strerror}): give another OUT") from None
     with held:
         yield
+
+
+@contextmanager
+def at_work(folder: Path, made_from: Mapping[str, Any], *content: str) -> Iterator[dict[str, Any] | None]:
+    """The record of a folder's finished work, as `find` gives it; or None, and the folder is this process's `alone`."""
+    if record := find(folder / "made.json", made_from, *content):
+        yield record
+        return
+    with alone(folder):
+        yield find(folder / "made.json", made_from, *content)  # a neighbour may have come to its end
 
 
 def write_json(path: str | Path, value: Any) -> None:

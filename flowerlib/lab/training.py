@@ -40,9 +40,7 @@ def run_trunk(rows: Rows, trunk: PreTrainedModel, folder: Path, name: str, batch
     path = folder / f"{name}-{store.digest(rows.start, *rows.input_ids, *trunk.parameters())}.npy"
     shape = (int(rows.start[-1]), trunk.config.hidden_size)
     if not path.exists():
-        needed, free = 2 * shape[0] * shape[1], shutil.disk_usage(folder).free
-        if needed > free:  # a memory-mapped file that outgrows the disk would kill the process
-            raise OSError(f"{folder} needs {needed >> 20:,} MB and the disk has {free >> 20:,} MB free: make room")
+        _check_room(folder, 2 * shape[0] * shape[1])  # a memory-mapped file that outgrows the disk kills the process
         with store.atomic(path) as new:
             out = np.lib.format.open_memmap(new, mode="w+", dtype=np.float16, shape=shape)
             order = sorted(range(len(rows)), key=lambda i: -len(rows.input_ids[i]))
@@ -58,6 +56,13 @@ def run_trunk(rows: Rows, trunk: PreTrainedModel, folder: Path, name: str, batch
             out.flush()
     with store.reading(path):
         rows.hidden = np.load(path, mmap_mode="r").reshape(shape)
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    """Raises OSError where the disk has less than this many bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(f"{folder} needs {needed >> 20:,} MB and the disk has {free >> 20:,} MB free: make room")
 
 
 class LikeLengths(LengthGroupedSampler):
@@ -222,40 +227,39 @@ def finetune(
     model, _, catalogue = backbone
     origin = made_from(settings, tables, log_item_rewards, preference, leaf_weights)
     folder = folder / f"{settings.method.split(',')[0]}-{store.digest(origin)}"
-    record = store.find(folder / "made.json", origin, "log")
-    if record is not None:
-        print(f"{folder.name}: trained already with these settings, taken as it is", flush=True)
-        with store.reading(folder / "model", folder):
-            model.load_state_dict(type(model).from_pretrained(folder / "model", dtype=torch.float32).state_dict())
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a process that was killed as it ended
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        return pd.DataFrame(record["log"]), folder
-    rows, valid = training_rows(catalogue, tables, settings), validation_rows(catalogue, tables, settings)
-    test = make_rows(catalogue, data.row_positions(tables, tables.test)[0], [[]] * len(tables.test))
-    _check_lengths(model, catalogue, (rows, valid, test))
-    rewards = torch.zeros(catalogue.trie.n_items) if log_item_rewards is None else log_item_rewards
-    arguments = _arguments(settings, folder / "checkpoints", len(rows))
-    objective = Objective(catalogue.trie, rewards, settings, preference, leaf_weights, arguments.device)
-    tuned = model.to(arguments.device)
-    with arguments.main_process_first():  # where several processes train
-        dry_run(settings, catalogue.titles, cache)
-        start = time.perf_counter()
-        set_seed(settings.seed)
-        if settings.frozen_layers:
-            trunk, tuned = split_layers(model, settings.frozen_layers)
-            tuned.get_input_embeddings().requires_grad_(False)
-            with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
-                for part, name in ((rows, "train"), (valid, "valid")):
-                    run_trunk(part, trunk, cache, f"{name}_bfloat16" if arguments.bf16 else name)
-    if settings.lora_rank:
-        tuned = with_lora(tuned, settings.lora_rank)
-    logging.set_verbosity_error()
-    trainer = FlowerTrainer(
-        tuned, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()], objective=objective
-    )
-    trainer.remove_callback(PrinterCallback)
-    torch.manual_seed(settings.seed + 1_000_003 * arguments.process_index)  # every process draws paths of its own
-    with store.alone(folder):
+    with store.at_work(folder, origin, "log") as record:
+        if record is not None:
+            print(f"{folder.name}: trained already with these settings, taken as it is", flush=True)
+            with store.reading(folder / "model", folder):
+                model.load_state_dict(type(model).from_pretrained(folder / "model", dtype=torch.float32).state_dict())
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a process that was killed as it ended
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            return pd.DataFrame(record["log"]), folder
+        rows, valid = training_rows(catalogue, tables, settings), validation_rows(catalogue, tables, settings)
+        test = make_rows(catalogue, data.row_positions(tables, tables.test)[0], [[]] * len(tables.test))
+        _check_lengths(model, catalogue, (rows, valid, test))
+        rewards = torch.zeros(catalogue.trie.n_items) if log_item_rewards is None else log_item_rewards
+        arguments = _arguments(settings, folder / "checkpoints", len(rows))
+        objective = Objective(catalogue.trie, rewards, settings, preference, leaf_weights, arguments.device)
+        tuned = model.to(arguments.device)
+        with arguments.main_process_first():  # where several processes train
+            dry_run(settings, catalogue.titles, cache)
+            start = time.perf_counter()
+            set_seed(settings.seed)
+            if settings.frozen_layers:
+                trunk, tuned = split_layers(model, settings.frozen_layers)
+                tuned.get_input_embeddings().requires_grad_(False)
+                with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
+                    for part, name in ((rows, "train"), (valid, "valid")):
+                        run_trunk(part, trunk, cache, f"{name}_bfloat16" if arguments.bf16 else name)
+        if settings.lora_rank:
+            tuned = with_lora(tuned, settings.lora_rank)
+        logging.set_verbosity_error()
+        trainer = FlowerTrainer(
+            tuned, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()], objective=objective
+        )
+        trainer.remove_callback(PrinterCallback)
+        torch.manual_seed(settings.seed + 1_000_003 * arguments.process_index)  # every process draws paths of its own
         with arguments.main_process_first():
             last = last_checkpoint(folder / "checkpoints")
         trainer.train(resume_from_checkpoint=last)
@@ -332,6 +336,8 @@ def _wrong(settings: TrainSettings, titles: Sequence[str], cache: Path, prompt: 
                 if not gap <= 1e-3:  # NaN too
                     return f"{ways} differ by {gap:.2g} nats"
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
         return f"the dry run fails with {type(error).__name__}, {' '.join(str(error).split())[:160]}"
     return ""
 
@@ -347,14 +353,16 @@ def _ways(settings: TrainSettings, titles: Sequence[str], folder: Path, prompt: 
             for layer in original.get_decoder().layers[n_frozen : -settings.tuned_layers]:
                 layer.forward = lambda hidden_states, *_, **__: hidden_states
         ids = torch.tensor([catalogue.context([0, -1]) + catalogue.sequences[0]])
-        names = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), lm.config.vocab_size)))
-        kept = torch.tensor(words.convert_tokens_to_ids(names))
+        kept = torch.arange(lm.config.vocab_size)
+        if len(kept) < original.config.vocab_size:  # the cut tokenizer has no holes
+            kept = torch.tensor(words.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(kept)))
         logits = lm(ids).logits[..., : len(kept)], original(kept[ids]).logits[..., kept]
         yield "the model cut to size and the original", *(x.log_softmax(-1) for x in logits)
         del original
     if settings.lora_rank:
         _plain(adapted := with_lora(lm, settings.lora_rank), catalogue, [])  # it runs, and is merged
         lm = adapted.merge_and_unload()
+        del adapted
     lm.get_output_embeddings().weight.mul_(1.1)  # as a training would change it
     plain = [_plain(lm, catalogue, history) for history in histories]
     searches = [Beams(len(trie.leaves), seen_allowed=True)] * 32  # side by side, as far apart as in a run
@@ -366,6 +374,7 @@ def _ways(settings: TrainSettings, titles: Sequence[str], folder: Path, prompt: 
         tree = PackedTree(lm, trie, catalogue.context(history), n_frozen)
         tree.model.eval()
         yield "the packed tree and plain forward passes", tree.log_probs()[paths[paths >= 0]], torch.cat(of_titles)
+    _check_room(folder, sum(weights.numel() * weights.element_size() for weights in lm.parameters()))
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     del lm, tree  # memory for one

@@ -420,3 +420,35 @@ def test_the_dry_run_is_paid_once_and_changes_no_number(tmp_path, monkeypatch):
     assert len(ran) == 1
     pd.testing.assert_frame_equal(logs[1], logs[0])
     pd.testing.assert_frame_equal(logs[2], logs[0])
+
+
+def test_a_tokenizer_with_a_hole_in_its_numbers_is_right(tmp_path):
+    folder = save(tmp_path / "model", "Llama")
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != "<unused>"]
+    hole = spec["model"]["vocab"].pop("<unused>")
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    assert AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(hole) is None
+    for column in COLUMNS:
+        dry_run(folder, column, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("message", ["[enforce fail] DefaultCPUAllocator: can't allocate memory", "CUDA out of memory"])
+def test_a_full_memory_is_no_fault_of_the_model(tmp_path, monkeypatch, message):
+    folder = save(tmp_path / "model", "Llama")
+    full = torch.OutOfMemoryError(message) if "CUDA" in message else RuntimeError(message)
+
+    def ways(*args):
+        raise full
+
+    monkeypatch.setattr(training, "_ways", ways)
+    with pytest.raises(RuntimeError, match="memory") as raised:
+        dry_run(folder, "whole", tmp_path / "cache")
+    assert raised.value is full
+
+
+def test_a_full_disk_is_no_fault_of_the_model(tmp_path, monkeypatch):
+    folder, usage = save(tmp_path / "model", "Llama"), training.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OSError, match="MB free: make room"):
+        dry_run(folder, "whole", tmp_path / "cache")

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -103,12 +104,13 @@ def test_a_second_run_is_refused_at_once_and_touches_nothing(tmp_path, another, 
     process = another(out)
     store.write_json(out / "data" / "settings.json", {"settings": vars(SMOKE), "made": None})
     (out / ".model.abcdefgh").mkdir()
-    (out / ".model.abcdefgh" / store.LOCK).touch()
-    made_old(out / ".model.abcdefgh" / store.LOCK)
+    (out / ".model.abcdefgh" / store.SCRATCH).touch()
+    made_old(out / ".model.abcdefgh" / store.SCRATCH)
     before, start = files(out), time.monotonic()
     for fresh in ([], ["--fresh"]):
         said = main(monkeypatch, reproduce, "--profile", "smoke", "--out", str(out), *fresh)
-        assert said == f"error: another run works in {out}: wait for it or give another OUT"
+        assert said == (f"error: another run works in {out}: wait for it or give another OUT (if there is none, remove "
+                        f"{out / store.LOCK})")
     assert main(monkeypatch, launch, "SFT", "--profile", "smoke", "--out", str(out)) == said
     assert files(out) == before and time.monotonic() - start < 10
     process.kill()
@@ -181,7 +183,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_there(tmp
     with store.atomic(tmp_path / "other.json") as new:  # of another file in that folder
         new.write_text("whole")
         assert not any(path.exists() for path in left)
-        made_old(new.parent / store.LOCK)
+        made_old(new.parent / store.SCRATCH)
         with store.atomic(tmp_path / "third.json") as third:  # the first one lives
             third.write_text("whole")
     assert files(tmp_path) == kept | {tmp_path / name: b"whole" for name in ("other.json", "third.json")}
@@ -196,7 +198,7 @@ def test_what_killed_processes_left_anywhere_in_a_run_is_removed_by_the_next_run
     assert sum(path.name == "weights" for path in files(tmp_path)) == len(places)
     with store.atomic(tmp_path / "figures" / "a.png") as lives:  # of a notebook in JupyterLab
         lives.touch()
-        made_old(lives.parent / store.LOCK)
+        made_old(lives.parent / store.SCRATCH)
         reproduce.reproduce("smoke", str(tmp_path), {})
         assert lives.exists()
     assert sorted(files(tmp_path)) == [tmp_path / store.LOCK, tmp_path / "figures" / "a.png"]
@@ -356,6 +358,7 @@ def refused(read, path, remove=None, harms=HARMS):
         cure = f"remove {remove_what} and run its notebook again"
         if fault == "missing" and not remove:
             cure = "run its notebook again"
+        said = re.sub(r" \(\w+: .*\)$", "", said)  # the cause
         assert said == f"{named} is {fault}: {cure}" or harm is gone and "run notebook" in said, (harm, said)
         assert {other: content for other, content in files(path.parent).items() if other != path} == {
             other: content for other, content in around.items() if other != path}  # nothing else was touched
@@ -500,8 +503,8 @@ def test_a_report_of_damaged_files_is_one_sentence(tmp_path, monkeypatch):
     refused(read, tmp_path / "results" / "06_a.json", harms=[cut, noise, empty, *OTHER_JSON])
     refused(read, tmp_path / "notebooks" / "05_a.ipynb", harms=[cut, noise, empty, *OTHER_JSON[1:]])
     empty(tmp_path / "figures" / "05_a.png")
-    said = f"error: {tmp_path}/figures/05_a.png is damaged: remove it and run its notebook again"
-    assert main(monkeypatch, report, "--out", str(tmp_path)) == said
+    said = main(monkeypatch, report, "--out", str(tmp_path))
+    assert said.startswith(f"error: {tmp_path}/figures/05_a.png is damaged: remove it and run its notebook again (")
     monkeypatch.setattr(reproduce, "_run_all", lambda *args: None)
     given = "--profile", "smoke", "--out", str(tmp_path), "--only", "05_fit_a_known_distribution"
     assert main(monkeypatch, reproduce, *given) == said  # after the run
@@ -521,7 +524,7 @@ def test_damaged_times_and_marks_of_a_run_are_one_sentence(tmp_path, monkeypatch
             harm(tmp_path / name)
             content = (tmp_path / name).read_bytes()
             said = main(monkeypatch, reproduce, "--profile", "smoke", "--out", str(tmp_path))
-            assert said == f"error: {tmp_path / name} is damaged: remove it and run its notebook again"
+            assert said.startswith(f"error: {tmp_path / name} is damaged: remove it and run its notebook again (")
             assert (tmp_path / name).read_bytes() == content
         (tmp_path / name).unlink()
 
@@ -585,6 +588,55 @@ def last_step(folder):
     return f"after {marks[-1] if marks else 'nothing'}" + (f", in the training of {at[0]}" if at else "")
 
 
+def test_a_run_in_a_folder_with_a_name_like_a_leftover_stays(tmp_path):
+    out = tmp_path / ".run.1"
+    with store.alone(out):
+        store.write_json(out / "results.json", 1)
+    made_old(out / store.LOCK)
+    store.write_json(tmp_path / "other.json", 2)
+    assert store.read_json(out / "results.json") == 1
+
+
+def test_what_is_no_fault_of_a_file_is_not_called_damage(tmp_path):
+    (tmp_path / "a").touch()
+    faults = OSError(errno.EMFILE, "Too many open files"), OSError(errno.EIO, "Input/output error"), MemoryError(), \
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    for fault in faults:
+        with pytest.raises(type(fault)) as raised, store.reading(tmp_path / "a"):
+            raise fault
+        assert raised.value is fault
+
+
+def test_a_whole_checkpoint_survives_a_read_error(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    assert training.last_checkpoint(tmp_path) == str(checkpoint)
+
+    def busy(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many open files"):
+        patch.setattr(Path, "read_text", busy)
+        training.last_checkpoint(tmp_path)
+    assert training.last_checkpoint(tmp_path) == str(checkpoint)
+
+
+def test_what_a_neighbour_finishes_first_is_taken(tmp_path, monkeypatch):
+    """It is looked for again once the folder is held."""
+    folder, origin = tmp_path / "SFT-1", {"seed": 0}
+    hold = store.alone
+
+    def slow(held):
+        with hold(held):
+            store.keep(held / "made.json", origin, {"commit": store.commit()}, log=[1])
+        return hold(held)
+
+    monkeypatch.setattr(store, "alone", slow)
+    with store.at_work(folder, origin, "log") as record:
+        assert record["log"] == [1]
+
+
 @pytest.mark.skipif(not HARD, reason="FLOWERLIB_HARD=1 kills whole runs")
 def test_runs_that_are_killed_at_random_moments_come_to_the_results_of_an_unbroken_run(tmp_path):
     chance, moments, ended, temporary = random.Random(17), [], [], 0
@@ -603,7 +655,7 @@ def test_runs_that_are_killed_at_random_moments_come_to_the_results_of_an_unbrok
             except psutil.TimeoutExpired:
                 kill_all(process)
                 moments.append(f"{time.monotonic() - started:.0f} s, {last_step(folder)}")
-                temporary += len(list(folder.rglob(f".*.*/{store.LOCK}")))
+                temporary += len(list(folder.rglob(store.LEFT)))
                 continue
             said.seek(0)
             assert process.returncode == 0, said.read()[-2000:]
