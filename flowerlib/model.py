@@ -286,10 +286,12 @@ def split_layers(model: PreTrainedModel, n_frozen: int) -> tuple[nn.Module, PreT
     `trunk(input_ids=…, attention_mask=…).last_hidden_state` is what leaves the lowest `n_frozen` layers, (B, T, H);
     `upper(inputs_embeds=that, …)` goes on from there to the logits. Tuning `upper` tunes `model`. The trunk is frozen
     and in evaluation mode; `upper` is in training mode, whatever `model` is in: call upper.eval() to measure. Raises
-    ValueError where the model is not built like a Llama (embed_tokens, layers, norm, rotary_emb).
+    ValueError where the model is not built like a Llama (embed_tokens, layers, norm, rotary_emb), or has too few layers.
     """
     base = _decoder(model)
     lower, rest = range(n_frozen), range(n_frozen, len(base.layers))
+    if not rest:
+        raise ValueError(f"the model has {len(base.layers)} layers: frozen_layers = {n_frozen} leaves none to tune")
     with torch.device("meta"):
         trunk = type(base)(_take_layers(copy.deepcopy(base.config), lower))
         upper = type(model)(_take_layers(copy.deepcopy(model.config), rest))

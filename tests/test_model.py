@@ -332,3 +332,10 @@ def test_trained_folder_follows_a_steps_settings_and_names_what_is_missing(tmp_p
     store.write_json(step / "settings.json", {"settings": {}, "made": None})  # no training
     with pytest.raises(FileNotFoundError, match="no finished training"):
         model.trained_folder(step)
+
+
+def test_frozen_layers_leave_one_to_tune():
+    lm, _ = model.tiny_model(["Heat"], 0)
+    for n_frozen in (2, 3):
+        with pytest.raises(ValueError, match=f"the model has 2 layers: frozen_layers = {n_frozen} leaves none to tune"):
+            model.split_layers(lm, n_frozen)
