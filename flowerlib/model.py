@@ -286,7 +286,7 @@ def split_layers(model: PreTrainedModel, n_frozen: int) -> tuple[nn.Module, PreT
     `trunk(input_ids=…, attention_mask=…).last_hidden_state` is what leaves the lowest `n_frozen` layers, (B, T, H);
     `upper(inputs_embeds=that, …)` goes on from there to the logits. Tuning `upper` tunes `model`. The trunk is frozen
     and in evaluation mode; `upper` is in training mode, whatever `model` is in: call upper.eval() to measure. Raises
-    ValueError where the model is not built like a Llama (embed_tokens, layers, norm, rotary_emb), or has too few layers.
+    ValueError where the model is not built like a Llama (embed_tokens, layers, norm, rotary_emb) or has too few layers.
     """
     base = _decoder(model)
     lower, rest = range(n_frozen), range(n_frozen, len(base.layers))
