@@ -48,7 +48,8 @@ def reading(path: str | Path, remove: str | Path | None = None) -> Iterator[None
         raise
     except Exception as error:  # every format has errors of its own
         of_the_file = isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
-        if getattr(error, "errno", None) and not of_the_file or "allocate memory" in str(error):
+        of_memory = any(words in str(error) for words in ("allocate memory", "out of memory"))
+        if getattr(error, "errno", None) and not of_the_file or of_memory:
             raise  # no fault of the file
         kind, fault = (ValueError, "damaged") if Path(path).exists() else (FileNotFoundError, "missing")
         cure = f"remove {remove or 'it'} and run" if remove or fault == "damaged" else "run"

@@ -177,7 +177,9 @@ def trained_folder(folder: str | Path) -> Path:
     if (mark := folder / "settings.json").exists():
         folder = folder / (read_json(mark, "made")["made"] or "")
     if not (folder / "made.json").exists():
-        raise FileNotFoundError(f"{folder} holds no finished training: run notebook 02 or 03 first")
+        finished = ", ".join(sorted(path.parent.name for path in folder.glob("*/made.json")))
+        hint = f", or name the folder of one that is finished: {finished}" if finished else ""
+        raise FileNotFoundError(f"{folder} holds no finished training: run notebook 02 or 03 first{hint}")
     return folder
 
 

@@ -167,6 +167,7 @@ def main() -> None:
                         help=f"one notebook alone, as often as needed: {', '.join(stems)}")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the notebooks: a busy neighbour costs less
     names = [f"{name}.ipynb" for name in args.only or ()] or NOTEBOOKS
     try:
         folder = reproduce(args.profile, args.out, dict(args.parameter), names, args.fresh)
@@ -176,6 +177,8 @@ def main() -> None:
         print(f"report: {report.report(folder)}\nexecuted notebooks: {folder / 'notebooks'}")
     except (ValueError, OSError, NotebookError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: the same command goes on from here") from None
     print(f"figures: {folder / 'figures'}\nresults: {folder / 'results'}")
 
 

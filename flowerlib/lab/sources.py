@@ -402,7 +402,7 @@ def _titles(path: str | Path, cells: pd.Series, items: pd.Series | None = None) 
     which, cells = "the title" if items is None else "the title of item {}", cells.astype(object)
     _refuse(cells.map(lambda cell: len(str(cell)) > LONGEST), path, f"{which} has over {LONGEST:,} characters", items)
     titles = cells.map(lambda cell: clean_title(str(cell))).astype(str)
-    _refuse(titles.map(is_blank), path, f"{which} is blank, give it one", items)
+    _refuse(titles.map(is_blank), path, f"{which} is blank (markup does not count), give it one", items)
     return titles
 
 

@@ -164,7 +164,7 @@ CASES = {
     "dates": ("counts", {"c.csv": "title,count\nHeat,2020-01-01\n"}, "line 2: the count '2020-01-01' is no positive"),
     "infinite sums": ("counts", {"c.csv": "title,count\nHeat,1e308\nHeat,1e308\nFargo,1\n"}, "line 2: the count '1e30"),
     "NaN": ("counts", {"c.csv": "title,count\nHeat,nan\nFargo,1\n"}, "c.csv, line 2: the count 'nan' is no positive"),
-    "invisible": ("counts", {"c.csv": "title,count\nHeat,1\n\u200b\u2060,3\n"}, "line 3: the title is blank, give it"),
+    "invisible": ("counts", {"c.csv": "title,count\nHeat,1\n\u200b\u2060,3\n"}, "line 3: the title is blank (markup does not count), give it"),
     "huge title": ("counts", {"c.csv": f"title,count\nHeat,1\n{HUGE},3\n"}, "line 3: the title has over 10,000 ch"),
     "huge header": ("counts", {"c.csv": HUGE + ",a,b\nHeat,1,2\n"}, "c.csv needs the columns title and count, and has"),
     "huge title in RecBole": ("recbole", changed(RECBOLE, a__item=ITEM + f"10\tToy\n20\t{HUGE}\n"),
