@@ -300,8 +300,8 @@ def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, parts: Sequence
         )
     longest = max(len(ids) for rows in parts for ids in rows.input_ids) + catalogue.trie.max_depth
     if longest > limit:
-        raise ValueError(f"a row may grow to {longest} tokens and the model reads {limit}: lower max_history, or shorten"
-                         f" the longest title, {catalogue.titles[item][:60]!r} of {len(sequence)} tokens")
+        raise ValueError(f"a row may grow to {longest} tokens and the model reads {limit}: lower max_history, or "
+                         f"shorten the longest title, {catalogue.titles[item][:60]!r} of {len(sequence)} tokens")
 
 
 def dry_run(settings: TrainSettings, titles: Sequence[str], cache: Path, prompt: str | None = None) -> None:
