@@ -139,9 +139,8 @@ def train_preference(
             str(folder / "checkpoints"), per_device_train_batch_size=BATCH, per_device_eval_batch_size=4 * BATCH,
             learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=steps // 20, max_steps=steps,
             seed=settings.seed, eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every,
-            save_total_limit=1,
-            load_best_model_at_end=True, metric_for_best_model="eval_loss", logging_steps=every, report_to="none",
-            prediction_loss_only=True, remove_unused_columns=False, disable_tqdm=True,
+            save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="eval_loss", logging_steps=every,
+            report_to="none", prediction_loss_only=True, remove_unused_columns=False, disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
         )
         arguments._n_gpu = min(1, arguments.n_gpu)  # transformers would put a batch on each device that it sees
