@@ -5,7 +5,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 REPRODUCE := $(BIN)/python -m flowerlib.lab.reproduce
 AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
-export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 3000
 GIVEN = $(foreach p,$(PARAMETERS),-p '$(p)')
 
 .PHONY: lab reproduce study report test test-hard test-browser bench publish

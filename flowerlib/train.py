@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as padded
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ from .tree import additive, left_padded, pack, positions, sample_leaves
 from .trie import TitleTrie
 
 NO_TARGET, EOS_TARGET = -1, -2  # values in a row's `nodes` where there is no node of the tree
+WIDTHS = 8  # batches are as wide as a multiple of this: for every width that it meets, bfloat16 on a CPU keeps memory
 LINE = r"[^\0-\x08\n-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,4000}"  # of text: no control character
 
 
@@ -66,14 +68,14 @@ class TrainSettings:
     max_history: int = setting(24, low=1)  # titles a model sees before the one it predicts
     # backbone (notebook 02)
     model: str = "smollm2-135m"  # "smollm2-135m", "tiny", or any causal LM by path or hub id
-    frozen_layers: int = 8  # lower layers that run once and are cached (0: none)
-    tuned_layers: int = 4  # layers trained above them (0: all of the model's)
+    frozen_layers: int = 2  # lower layers that run once and are cached (0: none)
+    tuned_layers: int = 3  # layers trained above them (0: all of the model's)
     cut_vocabulary: bool = True  # keep only the tokens that the catalogue and the prompt use
     lora_rank: int = setting(0, high=10_000)  # LoRA on all linear layers of this rank (0: all trained weights)
     # training (notebooks 02 and 03)
     rows: str = setting("sequence", choices=("sequence", "target"))  # every title of a user a target, or one a prompt
     learning_rate: float = setting(2e-3, low=1e-12, high=1)
-    batch_size: int = setting(8, low=1)  # rows a step
+    batch_size: int = setting(4, low=1)  # rows a step
     device_batch: int = setting(8, low=1)  # rows that a device takes at a time; gradients add up to batch_size
     bfloat16: bool = True  # train in bfloat16 where the processor computes in it (GPUs; CPUs with AVX512_BF16 or AMX)
     epochs: float = setting(1.0, low=1e-9)
@@ -116,14 +118,14 @@ class Rows(Dataset):
     Attributes:
         input_ids, nodes: lists of (L,) int64 arrays; nodes is NO_TARGET on the prompt and EOS_TARGET on an eos.
         leaves: lists of leaf ids, the history's and then the targets'. n_history: how many are the history's.
-        hidden: the frozen trunk's output for all rows' tokens, (Σ L, H) float16, or None.
+        hidden: the frozen trunk's output for all rows' tokens, (Σ L, H) float16, anything that is sliced; or None.
     """
 
     input_ids: list[np.ndarray]
     nodes: list[np.ndarray]
     leaves: list[list[int]]
     n_history: list[int]
-    hidden: np.ndarray | None = None
+    hidden: Any = None
 
     @cached_property
     def start(self) -> np.ndarray:
@@ -181,14 +183,15 @@ def validation_rows(catalogue: Catalogue, tables: data.Tables, settings: TrainSe
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Rows → input_ids, attention_mask, nodes (B, L) and, with a trunk, inputs_embeds (B, L, H), padded on the left;
     leaves (B, M), -1 on the right, and n_history (B,)."""
-    ids, mask = left_padded([row["input_ids"] for row in rows])
-    nodes, _ = left_padded([row["nodes"] for row in rows], pad=NO_TARGET)
+    ids, mask = left_padded([row["input_ids"] for row in rows], multiple=WIDTHS)
+    nodes, _ = left_padded([row["nodes"] for row in rows], NO_TARGET, WIDTHS)
     leaves = pad_sequence([torch.tensor(row["leaves"]) for row in rows], batch_first=True, padding_value=-1)
     batch = {"input_ids": ids, "attention_mask": mask, "nodes": nodes, "leaves": leaves,
              "n_history": torch.tensor([row["n_history"] for row in rows])}
     if "hidden" in rows[0]:
         hidden = [torch.from_numpy(np.asarray(row["hidden"], np.float32)) for row in rows]
-        batch["inputs_embeds"] = pad_sequence(hidden, batch_first=True, padding_side="left")
+        hidden = pad_sequence(hidden, batch_first=True, padding_side="left")
+        batch["inputs_embeds"] = padded(hidden, (0, 0, ids.shape[1] - hidden.shape[1], 0))
     return batch
 
 
@@ -256,7 +259,7 @@ class Objective:
             before = torch.cat([before, before.gather(1, branch).repeat_interleave(each, 1)], 1)
         tokens = batch.pop("input_ids") if "inputs_embeds" in batch else batch["input_ids"]
         target = nodes != NO_TARGET
-        first = int(predictor[target].min())  # no logits are needed before it
+        first = int(predictor[target].min()) // WIDTHS * WIDTHS  # no logits are needed before it
         logits = model(**batch, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
         rows, columns = target.nonzero().T
         logits = logits[rows, predictor[target] - first].float()

@@ -29,11 +29,13 @@ from .rewards import preference_log_rewards
 from .trie import TitleTrie, segment_logsumexp
 
 
-def left_padded(rows: Sequence[Sequence[int] | np.ndarray], pad: int = 0) -> tuple[Tensor, Tensor]:
-    """Token lists → input_ids and attention_mask, (B, T) each, padded on the left."""
+def left_padded(rows: Sequence[Sequence[int] | np.ndarray], pad: int = 0, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Token lists → input_ids and attention_mask, (B, T) each, padded on the left, T a multiple of this number."""
     rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
-    return ids, pad_sequence(list(map(torch.ones_like, rows)), batch_first=True, padding_side="left")
+    mask = pad_sequence(list(map(torch.ones_like, rows)), batch_first=True, padding_side="left")
+    more = (-ids.shape[1] % multiple, 0)
+    return padded(ids, more, value=pad), padded(mask, more)
 
 
 def positions(attention_mask: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def dry(monkeypatch, tmp_path):
     """An empty run whose notebooks are only noted, with what they are given, and leave a result."""
     ran = []
 
-    def noted(name, given, folder):
+    def noted(name, given, folder, screen):
         ran.append((name[:2], given))
         for path in (folder / "notebooks" / name, folder / "results" / f"{name[:2]}_a.json"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +50,25 @@ def forbid_training(monkeypatch):
 
 
 # Whole runs
+
+
+def test_a_run_says_at_its_start_how_long_it_will_take_and_how_far_it_is(dry, monkeypatch, capsys):
+    published = store.read_json(reproduce.TIMES / "timings_smoke.json")
+    here = iter([2 * published[PREPARE]["matmul_1024_seconds"]])
+    monkeypatch.setattr(store, "matmul_seconds", lambda during: next(here))
+    dry(only=[PREPARE])
+    assert f"about {2 * published[PREPARE]['seconds']:.0f} s on this machine" in capsys.readouterr().out
+
+
+def test_bars_show_the_whole_run_and_never_a_time_that_is_over(monkeypatch, capsys):
+    now = iter([0, 60, 60, 1000, 0, 0])
+    monkeypatch.setattr(reproduce.time, "perf_counter", lambda: next(now))
+    screen = reproduce.Screen("1 of 2", 200.0, 600.0)
+    assert str(screen) == "1 of 2, 12 min left"  # 140 + 600 s
+    screen.write("\rtraining: 3%")
+    assert capsys.readouterr().err == "\r[1 of 2, 12 min left] training: 3%"
+    assert str(screen) == "1 of 2, 10 min left"  # it takes longer than expected
+    assert str(reproduce.Screen("1 of 2", float("nan"), 600.0)) == "1 of 2"  # nobody knows
 
 
 def test_smoke_leaves_results_and_figures(smoke):

@@ -79,6 +79,19 @@ def test_validation_rows_are_drawn_by_the_seed():
     assert all(row in every.leaves for row in drawn(1))
 
 
+def test_batches_have_few_widths_with_or_without_a_trunk():
+    _, catalogue = world()
+    rows = make_rows(catalogue, [[]] * 3, [[0], [1, 2, 3], [1] * 9])
+    for hidden in (None, np.random.default_rng(0).standard_normal((int(rows.start[-1]), 4)).astype(np.float16)):
+        rows.hidden = hidden
+        batch = collate([rows[i] for i in range(3)])
+        width = batch["input_ids"].shape[1]
+        assert width % train.WIDTHS == 0 and width - max(map(len, rows.input_ids)) < train.WIDTHS
+        assert batch["nodes"].shape == batch["attention_mask"].shape == (3, width)
+    assert batch["inputs_embeds"].shape == (3, width, 4)
+    assert (batch["inputs_embeds"][batch["attention_mask"] == 1] == torch.from_numpy(hidden).float()).all()
+
+
 # the loss of a batch
 
 

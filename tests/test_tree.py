@@ -33,6 +33,11 @@ def test_rows_are_padded_on_the_left_and_count_from_their_first_token():
     assert ids.tolist() == [[5, 6, 7], [9, 9, 8], [9, 9, 9]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 0]]
     assert tree.positions(mask).tolist() == [[0, 1, 2], [0, 0, 0], [0, 0, 0]]
+    for multiple in (1, 3, 5):
+        wide, of_wide = tree.left_padded([[5, 6, 7], [8], []], 9, multiple)
+        assert wide.shape == of_wide.shape == (3, 5 if multiple == 5 else 3)
+        assert (wide[:, -3:] == ids).all() and (of_wide[:, -3:] == mask).all()
+        assert (wide[:, :-3] == 9).all() and not of_wide[:, :-3].any()
 
 
 def closed(trie, nodes):

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ from nbclient.exceptions import DeadKernelError
 from ..train import checked
 from . import report, runs, store
 from .settings import PROFILES, Settings, literal, settings
+from .training import computes_in_bfloat16
 
 try:
     import resource
@@ -35,10 +37,44 @@ READS |= {COMPARISON: NOTEBOOKS[:1], EXPLORERS: (*NOTEBOOKS, COMPARISON)}
 FOLDER = store.ROOT / "notebooks"
 BENCH = store.ROOT / "runs" / "bench.json"  # what `make bench` writes and notebook 08 reads
 BESIDE = {SPEED: (BENCH,), EXPLORERS: (FOLDER / "explorers.py",)}  # files that a notebook reads or imports
+TIMES = store.ROOT / "figures"  # holds the times of published runs
 
 
 class NotebookError(RuntimeError):
     """A notebook stopped with an error; the message names both, in one line."""
+
+
+class Screen:
+    """Where a notebook's progress bars go: stderr, with what is left of the whole run before each."""
+
+    def __init__(self, place: str, here: float, later: float):
+        """Seconds that this notebook and those after it will take, NaN where nobody knows."""
+        self.place, self.here, self.later, self.start = place, here, later, time.perf_counter()
+
+    def __str__(self) -> str:
+        here = max(self.here - (time.perf_counter() - self.start), self.here / 20)  # it may take longer than expected
+        left = here + self.later
+        return f"{self.place}, {minutes(left)} left" if left == left else self.place
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(text.replace("\r", f"\r[{self}] "))
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def expected_seconds(own: Settings, names: Sequence[str]) -> list[float]:
+    """Seconds that each notebook will take here, NaN where nobody knows: those of the profile's published run, times
+    the ratio of both machines' times for one product of float32 matrices, measured for a second."""
+    kind = "_smoke" if own.profile == "smoke" else "" if own.bfloat16 and computes_in_bfloat16() else "_float32"
+    path, here = TIMES / f"timings{kind}.json", store.matmul_seconds(1.0)
+    times = store.read_json(path) if own.profile in ("smoke", "laptop") and path.exists() else {}
+    known = [times.get(name, {"seconds": math.nan, "matmul_1024_seconds": 1.0}) for name in names]
+    return [entry["seconds"] * here / entry["matmul_1024_seconds"] for entry in known]
 
 
 def parameters(notebook: Path) -> dict[str, Any]:
@@ -88,7 +124,13 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
 
 def _run_all(profile: str, folder: Path, overrides: Mapping[str, Any], names: Mapping[str, Mapping[str, Any]]) -> None:
     library = store.digest(*(path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py"))))
-    for name in names:
+    own = settings(profile, bfloat16=overrides.get("bfloat16"))
+    expected = expected_seconds(own, list(names))
+    if (total := sum(expected)) == total:
+        print(f"{len(names)} notebooks: about {minutes(total)} on this machine, with the profile's own data and "
+              f"settings; figures appear in {folder / 'figures'} as they are made", flush=True)
+    for i, name in enumerate(names):
+        screen = Screen(f"{i + 1} of {len(names)}", expected[i], sum(expected[i + 1 :]))
         given = {"PROFILE": profile, "OUT": str(folder)} | {k: v for k, v in overrides.items() if k in names[name]}
         own = settings(profile, fit=name == FIT, **{k: v for k, v in given.items() if hasattr(Settings, k)})
         brought = [own.data_path, own.counts_path, own.model, *(v for k, v in given.items() if k.endswith("_path"))]
@@ -100,8 +142,8 @@ def _run_all(profile: str, folder: Path, overrides: Mapping[str, Any], names: Ma
         if (done := store.find(record, origin, "outputs")) and done["outputs"] == _outputs(folder, name):
             print(f"{name}: unchanged since its last complete run, skipped", flush=True)
             continue
-        print(f"\n{name}", flush=True)
-        seconds = _run(name, given, folder)
+        print(f"\n{name} ({screen})", flush=True)
+        seconds = _run(name, given, folder, screen)
         source = {"commit": store.commit(), "seconds": round(seconds, 1)}
         store.keep(record, origin, source, outputs=_outputs(folder, name))
 
@@ -124,7 +166,7 @@ def _outputs(folder: Path, name: str) -> str:
     return store.digest(*(path.read_bytes() if path.exists() else b"" for path in paths))
 
 
-def _run(name: str, given: Mapping[str, Any], folder: Path) -> float:
+def _run(name: str, given: Mapping[str, Any], folder: Path, screen: Screen) -> float:
     """Executes a notebook into the run's folder → its seconds, which timings.json gets as well."""
     logging.getLogger("papermill").addHandler(logging.NullHandler())  # the streams below show it already
     executed = folder / "notebooks" / name
@@ -133,7 +175,7 @@ def _run(name: str, given: Mapping[str, Any], folder: Path) -> float:
     try:
         papermill.execute_notebook(
             FOLDER / name, executed, parameters=dict(given), kernel_name="python3", cwd=FOLDER, log_output=True,
-            stdout_file=sys.stdout, stderr_file=sys.stderr, progress_bar=False, extra_arguments=["--log-level=ERROR"],
+            stdout_file=sys.stdout, stderr_file=screen, progress_bar=False, extra_arguments=["--log-level=ERROR"],
         )
     except papermill.PapermillExecutionError as error:
         fault = f"stopped with {error.ename}: {error.evalue} (see {executed})"
@@ -167,7 +209,7 @@ def main() -> None:
                         help=f"one notebook alone, as often as needed: {', '.join(stems)}")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # of the notebooks: a busy neighbour costs less
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # of the notebooks: waiting threads soon sleep
     names = [f"{name}.ipynb" for name in args.only or ()] or NOTEBOOKS
     try:
         folder = reproduce(args.profile, args.out, dict(args.parameter), names, args.fresh)

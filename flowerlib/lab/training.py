@@ -27,9 +27,21 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .. import data
 from ..model import Backbone, Catalogue, context_limit, open_backbone, split_layers
-from ..train import OF_FLOWER, Objective, Rows, TrainSettings, collate, make_rows, training_rows, validation_rows
+from ..train import (
+    OF_FLOWER, WIDTHS, Objective, Rows, TrainSettings, collate, make_rows, training_rows, validation_rows,
+)
 from ..tree import Beams, PackedTree, beam_search, left_padded, positions
 from . import sources, store
+
+
+class OnDisk:
+    """An array in a file, each part read when it is asked for: a map of the file would grow in memory to all of it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return np.array(np.load(self.path, mmap_mode="r")[part])
 
 
 @torch.no_grad()
@@ -46,7 +58,8 @@ def run_trunk(rows: Rows, trunk: PreTrainedModel, folder: Path, name: str, batch
             order = sorted(range(len(rows)), key=lambda i: -len(rows.input_ids[i]))
             for first in tqdm(range(0, len(order), batch_size), desc="frozen layers, once", unit="batch"):
                 batch = order[first : first + batch_size]
-                ids, mask = (x.to(trunk.device) for x in left_padded([rows.input_ids[i] for i in batch]))
+                padded = left_padded([rows.input_ids[i] for i in batch], multiple=WIDTHS)
+                ids, mask = (x.to(trunk.device) for x in padded)
                 out_of = trunk(input_ids=ids, attention_mask=mask, position_ids=positions(mask))
                 states = out_of.last_hidden_state.half()
                 if not torch.isfinite(states[mask.bool()]).all():
@@ -55,7 +68,8 @@ def run_trunk(rows: Rows, trunk: PreTrainedModel, folder: Path, name: str, batch
                     out[rows.start[i] : rows.start[i + 1]] = row[-len(rows.input_ids[i]) :]
             out.flush()
     with store.reading(path):
-        rows.hidden = np.load(path, mmap_mode="r").reshape(shape)
+        np.load(path, mmap_mode="r").reshape(shape)
+    rows.hidden = OnDisk(path)
 
 
 def _check_room(folder: Path, needed: int) -> None:

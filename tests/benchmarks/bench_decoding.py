@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
 from flowerlib.tree import Beams, beam_search, left_padded
@@ -38,3 +39,18 @@ def test_constrained_beams_against_generate(side_by_side, model, catalogue, chil
     scored = "children" if child_renormalised else "vocabulary"
     side_by_side(f"10 constrained beams, softmax over {scored}, {len(calls)} steps / unconstrained generate", 1.1, ours,
                  generate, rounds=3)
+
+
+def test_lists_against_the_work_that_they_need(side_by_side, model, catalogue):
+    """Ten beams behind 16 prompts, and a matrix product of as many floating-point operations as PyTorch counts in them."""
+    histories = np.random.default_rng(0).integers(len(catalogue.titles), size=(16, 9)).tolist()
+    model.eval()
+
+    def ours():
+        beam_search(model, catalogue, histories, [Beams(10)])
+
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    a = torch.ones(1024, 1024)
+    side_by_side("10 beams for 16 prompts / a matrix product of as many operations", None, ours, lambda: a @ a, rounds=3,
+                 worth=counter.get_total_flops() / (2 * 1024**3))
