@@ -45,7 +45,7 @@ class TitleTrie:
         """
         flat, length = _flat(sequences)
         end = length.cumsum()
-        # Level by level. Of each sequence that goes on: its next token, where it ends, and the node that it has reached.
+        # Level by level. Of each sequence that goes on: its next token, where it ends, and the node it has reached.
         # Sequences stand in the order of their nodes; a new node begins where one parts from the one above it.
         items, at, node = np.arange(len(length)), end - length, np.zeros(len(length), np.int32)
         parents, tokens, n_nodes = [np.int32([-1])], [np.int32([-1])], 1
