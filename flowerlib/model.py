@@ -28,7 +28,6 @@ from .trie import TitleTrie
 if TYPE_CHECKING:
     from .train import TrainSettings
 
-
 ROOT = Path(__file__).resolve().parent.parent  # relative folders count from here
 
 
@@ -68,7 +67,6 @@ class Catalogue:
         Raises ValueError where the tokenizer has neither, a title encodes to nothing or holds the terminator, or two
         different titles have the same tokens.
         """
-
         texts = [*titles, "\n", *prompt_texts(category, rows)]
         *encoded, newline, header, separator, footer = tokenizer(texts, add_special_tokens=False).input_ids
         end = newline[-1] if tokenizer.decode(newline[-1:]) == "\n" else tokenizer.eos_token_id

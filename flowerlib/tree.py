@@ -25,7 +25,7 @@ from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
 from .data import clean_title, move_article
 from .model import Catalogue, context_limit, load_trained, split_layers, trained_folder, trained_on
-from .rewards import preference_log_rewards
+from .rewards import count_log_rewards, preference_log_rewards
 from .trie import TitleTrie, segment_logsumexp
 
 
@@ -214,10 +214,15 @@ def sample_leaves(
         drawn = noisy == best[rows]
         nodes = nodes.index_copy(0, rows[drawn], children[drawn])
         if not trie.forks[nodes].any():
-            while (inner := trie.node_leaf[nodes] < 0).any():
-                nodes = torch.where(inner, trie.child_start[nodes], nodes)
-            return nodes.view_as(branch)
+            return leaf_below(trie, nodes).view_as(branch)
         logits = prompts.extend(nodes.view_as(branch), torch.arange(branch.shape[1], device=branch.device))
+
+
+def leaf_below(trie: TitleTrie, nodes: Tensor) -> Tensor:
+    """The first leaf node at or below each node."""
+    while (inner := trie.node_leaf[nodes] < 0).any():
+        nodes = torch.where(inner, trie.child_start[nodes], nodes)
+    return nodes
 
 
 class TrieLogitsProcessor(LogitsProcessor):
@@ -303,6 +308,7 @@ def beam_search(
     if log_p is None and any(s.guide for s in searches):
         raise ValueError("a search with a guide needs log_p, the users' preferences")
     trie = catalogue.trie.to(model.device)
+    even = count_log_rewards(trie, torch.zeros(trie.n_items, device=model.device), alpha=0.0).float()
     generators = [torch.Generator(model.device).manual_seed(seed) for _ in searches]  # none depends on the others
     contexts = [catalogue.context(history) for history in histories]
     results = [(np.full((len(contexts), s.n), -1), np.full((len(contexts), s.n), -np.inf)) for s in searches]
@@ -311,7 +317,9 @@ def beam_search(
     for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None):
         prompts = Prompts(model, trie, *(x.to(model.device) for x in left_padded([contexts[i] for i in batch])))
         blocked = nodes_of_seen(trie, [(histories if seen is None else seen)[i] for i in batch])
-        guide = None if log_p is None else _guide(trie, log_p[batch].to(model.device))
+        guide = None
+        if log_p is not None:  # token rewards of R(leaf | u) = p_u(leaf)
+            guide = trie.log_token_rewards(preference_log_rewards(trie, even, log_p[batch].to(model.device)))
         started = [
             _Search(trie, search, None if search.seen_allowed else blocked, guide, generator, prompts.logits)
             for search, generator in zip(searches, generators)
@@ -399,12 +407,6 @@ def _gumbels(log_p: Tensor, above: Tensor, rows: Tensor, n_rows: int, generator:
     largest = torch.full((n_rows,), -torch.inf, device=g.device).scatter_reduce(0, rows, g, "amax")[rows]
     v = above - g + torch.log1p(-(g - largest).exp())
     return above - v.clamp(min=0) - torch.log1p((-v.abs()).exp())
-
-
-def _guide(trie: TitleTrie, log_p: Tensor) -> Tensor:
-    """(B, n_nodes) log token rewards of R(leaf | u) = p_u(leaf)."""
-    sharers = torch.bincount(trie.item_leaf, minlength=len(trie.leaves))
-    return trie.log_token_rewards(preference_log_rewards(trie, -sharers[trie.item_leaf].log(), log_p))
 
 
 def nodes_of_seen(trie: TitleTrie, seen: Sequence[Sequence[int]]) -> Tensor:

@@ -44,16 +44,17 @@ class TitleTrie:
         another one, so that an inner node would be an item (their terminator is missing).
         """
         flat, length = _flat(sequences)
-        start = length.cumsum() - length
-        order = _lexicographic_order(flat, start, length)
-        # Level by level over the sorted sequences. Of each that goes on: its next token, where it ends, and the node
-        # that it has reached. A new node begins where a sequence parts from the one above it.
-        items, at, end = order, start[order], (start + length)[order]
-        node = np.zeros(len(items), np.int32)
+        end = length.cumsum()
+        # Level by level. Of each sequence that goes on: its next token, where it ends, and the node it has reached.
+        # Sequences stand in the order of their nodes; a new node begins where one parts from the one above it.
+        items, at, node = np.arange(len(length)), end - length, np.zeros(len(length), np.int32)
         parents, tokens, n_nodes = [np.int32([-1])], [np.int32([-1])], 1
         leaf = np.empty(len(items), np.int32)
         while len(items):
             token = flat.take(at)
+            if (node[1:] == node[:-1]).any():  # several at one node: sort them by their next tokens
+                order = (node.astype(np.int64) * TOKENS + token).argsort()
+                items, at, end, node, token = (x.take(order) for x in (items, at, end, node, token))
             parted = np.r_[True, (node[1:] != node[:-1]) | (token[1:] != token[:-1])]
             parents.append(node[parted])
             tokens.append(token[parted])
@@ -248,18 +249,16 @@ def _flat(sequences: Sequence[Sequence[int]] | np.ndarray | Tensor) -> tuple[np.
         flat, length = sequences.ravel(), np.full(len(sequences), sequences.shape[1])
         if flat.min(initial=0) < 0:
             inside = sequences >= 0
-            length = inside.sum(1)
+            flat, length = sequences[inside], inside.sum(1)
             gaps = np.flatnonzero((sequences < -1).any(1) | (inside[:, 1:] & ~inside[:, :-1]).any(1))
             if len(gaps):
                 raise ValueError(f"the sequence of item {gaps[0]} is not padded with -1 on the right alone")
-            flat = sequences[inside]
     else:
         length = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
         try:
             flat = np.frombuffer(array("q", chain.from_iterable(sequences)), dtype=np.int64)
         except (TypeError, OverflowError):
             raise ValueError("tokens must be integers below 2^31") from None
-
     if len(length) == 0:
         raise ValueError("a trie needs at least one item")
     if not length.all():
@@ -269,32 +268,6 @@ def _flat(sequences: Sequence[Sequence[int]] | np.ndarray | Tensor) -> tuple[np.
             item = np.searchsorted(length.cumsum(), bad.argmax(), side="right")
             raise ValueError(f"the sequence of item {item} holds a {what}")
     return flat.astype(np.int32), length
-
-
-def _lexicographic_order(flat: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """(n_items,) the order that sorts the sequences flat[start : start + length].
-
-    Rounds of a radix sort, as many tokens at once as fit into 64 bits; only what is still tied sorts on.
-    """
-    bits = (int(flat.max()) + 1).bit_length()
-    order, tied = np.arange(len(start)), np.arange(len(start))
-    group, done = np.zeros(len(start), dtype=np.uint64), 0
-    while len(tied):
-        rows, key = order[tied], group
-        at, left = start[rows] + done, length[rows] - done
-        n_tokens = (64 - int(group[-1]).bit_length()) // bits
-        for step in range(n_tokens):
-            token = np.where(step < left, flat.take(at + step, mode="clip").astype(np.uint64) + 1, 0)
-            key = (key << bits) | token
-        by = key.argsort()
-        key = key[by]
-        order[tied] = rows[by]
-        first = np.r_[True, key[1:] != key[:-1]]
-        alone = first & np.r_[first[1:], True]
-        more = ~alone & (key & ((1 << bits) - 1) > 0)  # tied, and the last token was not past the end
-        tied, done = tied[more], done + n_tokens
-        group = np.cumsum(first[more], dtype=np.uint64) - np.uint64(1)
-    return order
 
 
 def segment_logsumexp(values: Tensor, segment: Tensor, n_segments: int) -> Tensor:

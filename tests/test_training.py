@@ -297,7 +297,7 @@ def test_the_trainer_validates_the_same_twice(tmp_path, paths):
     """Whatever was drawn before, in batches of any rows; so that checkpoints can be held against each other."""
     model, catalogue = world()
     rows = train.validation_rows(catalogue, tables_of(), TrainSettings(validation_rows=0))
-    made = training.FlowerTrainer(model, training._arguments(TINY, tmp_path, 8), eval_dataset=rows,
+    made = training.FlowerTrainer(model, training.trainer_arguments(TINY, tmp_path, 8), eval_dataset=rows,
                                objective=objective(catalogue, paths=paths, n_paths=2))
     names, found = ("eval_loss", "eval_sft", "eval_flow"), []
     for seed in (1, 2):

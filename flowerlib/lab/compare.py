@@ -83,15 +83,14 @@ class Comparison:
         self.item_counts = data.item_counts(self.tables, self.settings.counts)
         self.counts = np.bincount(self.item_leaf, weights=self.item_counts)
         self.preference = load_preference(out)
-        self.users = {part: self._users(part) for part in ("valid", "test")}
+        self.users: dict[str, Users] = {}
+        for part in ("valid", "test"):
+            histories, targets = data.row_positions(self.tables, getattr(self.tables, part))
+            seen = data.seen_positions(self.tables, part)
+            log_p = self.preference.after([self.item_leaf[history].tolist() for history in histories])
+            self.users[part] = Users(histories, seen, self.item_leaf[targets], log_p)
         self.sources: list[Mapping[str, Any]] = []
         self._open: tuple[Contender, PreTrainedModel, Catalogue, Path] | None = None
-
-    def _users(self, part: str) -> Users:
-        histories, targets = data.row_positions(self.tables, getattr(self.tables, part))
-        seen = data.seen_positions(self.tables, part)
-        log_p = self.preference.after([self.item_leaf[history].tolist() for history in histories])
-        return Users(histories, seen, self.item_leaf[targets], log_p)
 
     def seen_leaves(self, users: Users) -> list[list[int]]:
         """Leaf ids that each user has seen."""

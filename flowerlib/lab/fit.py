@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from .. import losses, metrics
 from ..model import Backbone
-from ..tree import PackedTree, sample_leaves
+from ..tree import PackedTree, leaf_below, sample_leaves
 from ..trie import TitleTrie, segment_logsumexp
 from . import sources, store, training
 from .settings import FIT_LOSSES, FIT_PATHS, PREFERENCE_LOSSES, Settings
@@ -268,13 +268,6 @@ def outcomes(trie: TitleTrie, log_edges: Tensor) -> Tensor:
     reached = torch.where(path >= 0, log_edges[path], 0).sum(-1)
     exits = torch.where(trie.node_leaf >= 0, -torch.inf, reached + torch.log(-torch.expm1(inside)))
     return torch.cat([reached[trie.leaves], exits])
-
-
-def leaf_below(trie: TitleTrie, nodes: Tensor) -> Tensor:
-    """The first leaf node at or below each node."""
-    while (inner := trie.node_leaf[nodes] < 0).any():
-        nodes = torch.where(inner, trie.child_start[nodes], nodes)
-    return nodes
 
 
 def _pairs(log_shares: Tensor, n: int) -> Tensor:

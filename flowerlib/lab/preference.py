@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, logging, set_seed
 from transformers.utils import ModelOutput
 
 from .. import data, metrics
@@ -26,14 +26,11 @@ from ..model import Catalogue
 from . import store
 from .runs import require
 from .settings import Settings
-from .training import OneBar, last_checkpoint, log_table
+from .training import OneBar, last_checkpoint, log_table, trainer_arguments
 
 Floats = NDArray[np.float64]
 IGNORED = -100  # labels that transformers leaves out of a loss
 BATCH = 64
-
-
-# The sequential model
 
 
 class PreferenceModel(GPT2LMHeadModel):
@@ -133,23 +130,16 @@ def train_preference(
         rows = _Windows([sequence for sequence in sequences if sequence], settings.max_history + 1)
         read = [history[-settings.max_history :] for history in histories]
         valid = [([*row, target], [IGNORED] * len(row) + [target]) for row, target in zip(read, targets, strict=True)]
-        steps = max(1, round(settings.preference_epochs * len(rows) / BATCH))
-        every = -(-steps // 10)
-        arguments = TrainingArguments(
-            str(folder / "checkpoints"), per_device_train_batch_size=BATCH, per_device_eval_batch_size=4 * BATCH,
-            learning_rate=3e-3, lr_scheduler_type="cosine", warmup_steps=steps // 20, max_steps=steps,
-            seed=settings.seed, eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every,
-            save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="eval_loss", logging_steps=every,
-            report_to="none", prediction_loss_only=True, remove_unused_columns=False, disable_tqdm=True,
-            dataloader_pin_memory=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
-        )
-        arguments._n_gpu = min(1, arguments.n_gpu)  # transformers would put a batch on each device that it sees
+        how = {"batch_size": BATCH, "device_batch": BATCH, "learning_rate": 3e-3, "bfloat16": False, "evaluations": 10}
+        how["epochs"] = max(settings.preference_epochs, 1e-9)
+        arguments = trainer_arguments(replace(settings, **how), folder / "checkpoints", len(rows))
+        arguments.logging_steps = arguments.eval_steps
         logging.set_verbosity_error()
         trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()],
                           data_collator=lambda batch: _collate(batch, n_leaves))
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
-        log = log_table(trainer.state.log_history, steps)
+        log = log_table(trainer.state.log_history, arguments.max_steps)
         model.eval().save_pretrained(folder)
         source = store.provenance(asdict(settings), time.perf_counter() - start)
         store.keep(folder / "made.json", origin, source, log=json.loads(log.to_json(orient="records")))

@@ -100,7 +100,7 @@ class FlowerTrainer(Trainer):
 
     def __init__(self, *args: Any, objective: Objective, **kwargs: Any):
         super().__init__(*args, data_collator=collate, **kwargs)
-        self.objective, self.model_accepts_loss_kwargs = objective, False
+        self.objective, self.model_accepts_loss_kwargs, self.label_names = objective, False, ["nodes"]
         self._parts: dict[str, list[Tensor]] = {}
 
     def _get_train_sampler(self, train_dataset: Rows | None = None) -> LikeLengths:
@@ -112,16 +112,12 @@ class FlowerTrainer(Trainer):
     ) -> Any:
         parts = {}
         for name, (mean, weight) in self.objective(model, inputs).items():
-            parts[name] = self._over_processes(mean, weight)
-            key = name if model.training else f"eval_{name}"
-            self._parts.setdefault(key, []).append(parts[name].detach())
+            if (n := self.accelerator.num_processes) > 1:  # their average is then the mean over the terms of all
+                mean = mean * weight * n / self.accelerator.reduce(weight.float(), "sum")
+            parts[name] = mean
+            self._parts.setdefault(name if model.training else f"eval_{name}", []).append(mean.detach())
         loss = self.objective.total(parts)
         return (loss, {"loss": loss}) if return_outputs else loss
-
-    def _over_processes(self, mean: Tensor, weight: Tensor) -> Tensor:
-        """The mean of this process's terms, scaled so that the processes' average is the mean over the terms of all."""
-        n = self.accelerator.num_processes
-        return mean if n == 1 else mean * weight * n / self.accelerator.reduce(weight.float(), "sum")
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the parts of the loss, averaged since the last log, to transformers' own record."""
@@ -253,7 +249,7 @@ def finetune(
         test = make_rows(catalogue, data.row_positions(tables, tables.test)[0], [[]] * len(tables.test))
         _check_lengths(model, catalogue, (rows, valid, test))
         rewards = torch.zeros(catalogue.trie.n_items) if log_item_rewards is None else log_item_rewards
-        arguments = _arguments(settings, folder / "checkpoints", len(rows))
+        arguments = trainer_arguments(settings, folder / "checkpoints", len(rows))
         objective = Objective(catalogue.trie, rewards, settings, preference, leaf_weights, arguments.device)
         tuned = model.to(arguments.device)
         with arguments.main_process_first():  # where several processes train
@@ -430,7 +426,8 @@ def _parted(batch_size: int, device_batch: int, processes: int) -> tuple[int, in
     return rows, times
 
 
-def _arguments(settings: TrainSettings, folder: Path, n_rows: int) -> TrainingArguments:
+def trainer_arguments(settings: TrainSettings, folder: Path, n_rows: int) -> TrainingArguments:
+    """transformers' arguments of a training on n_rows rows, by the settings, with its checkpoints in the folder."""
     total = max(1, round(settings.epochs * n_rows / settings.batch_size))
     every = -(-total // settings.evaluations)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # set by `accelerate launch`
@@ -441,7 +438,7 @@ def _arguments(settings: TrainSettings, folder: Path, n_rows: int) -> TrainingAr
         warmup_steps=total // 20, max_steps=total, eval_strategy="steps", eval_steps=every, save_strategy="steps",
         save_steps=every, save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss",
         logging_steps=max(1, total // 50), report_to="none", seed=settings.seed, remove_unused_columns=False,
-        label_names=["nodes"], prediction_loss_only=True, disable_tqdm=True,
+        prediction_loss_only=True, disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),  # else several CPU processes would not know of each other
         bf16=settings.bfloat16 and computes_in_bfloat16(), dataloader_pin_memory=torch.cuda.is_available(),
     )
