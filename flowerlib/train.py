@@ -79,7 +79,7 @@ class TrainSettings:
     device_batch: int = setting(8, low=1)  # rows that a device takes at a time; gradients add up to batch_size
     bfloat16: bool = True  # train in bfloat16 where the processor computes in it (GPUs; CPUs with AVX512_BF16 or AMX)
     epochs: float = setting(1.0, low=1e-9)
-    evaluations: int = setting(4, low=1)  # validations (and checkpoints) during training
+    evaluations: int = setting(3, low=1)  # validations (and checkpoints) during training
     validation_rows: int = 256  # rows of valid.parquet that select the checkpoint (0: all)
     # Flower (notebook 03)
     reward: str = setting("exact", choices=("none", "exact", "div", "add"))  # "exact": item reward * p_ui^beta
