@@ -150,9 +150,8 @@ def make_rows(catalogue: Catalogue, histories: Sequence[Sequence[int]], targets:
         prompt = catalogue.context(history)
         tail = [] if catalogue.eos is None else [catalogue.eos]
         ids.append(np.array(prompt + [t for i in wanted for t in catalogue.sequences[i]] + tail))
-        nodes.append(np.concatenate(
-            [np.full(len(prompt), NO_TARGET), *(item_paths[i] for i in wanted), np.full(len(tail), EOS_TARGET)]
-        ).astype(np.int64))
+        own = np.full(len(prompt), NO_TARGET), *(item_paths[i] for i in wanted), np.full(len(tail), EOS_TARGET)
+        nodes.append(np.concatenate(own).astype(np.int64))
     leaves = [[item_leaf[i] for i in (*history, *wanted)] for history, wanted in zip(histories, targets)]
     return Rows(ids, nodes, leaves, list(map(len, histories)))
 
@@ -164,10 +163,8 @@ def training_rows(catalogue: Catalogue, tables: data.Tables, settings: TrainSett
         return make_rows(catalogue, histories, [[t] for t in targets])
     flat, start = data.sequences(tables.train)
     flat = pd.Index(tables.items.item_id).get_indexer(flat).tolist()
-    windows = [
-        flat[i : min(i + settings.max_history, stop)]
-        for first, stop in zip(start[:-1], start[1:]) for i in range(first, stop, settings.max_history)
-    ]
+    windows = [flat[i : min(i + settings.max_history, stop)] for first, stop in zip(start[:-1], start[1:])
+               for i in range(first, stop, settings.max_history)]
     return make_rows(catalogue, [[]] * len(windows), windows)
 
 

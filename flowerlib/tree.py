@@ -318,10 +318,8 @@ def beam_search(
         guide = None
         if log_p is not None:  # token rewards of R(leaf | u) = p_u(leaf)
             guide = trie.log_token_rewards(preference_log_rewards(trie, even, log_p[batch].to(model.device)))
-        started = [
-            _Search(trie, search, None if search.seen_allowed else blocked, guide, generator, prompts.logits)
-            for search, generator in zip(searches, generators)
-        ]
+        started = [_Search(trie, search, None if search.seen_allowed else blocked, guide, generator, prompts.logits)
+                   for search, generator in zip(searches, generators)]
         while going := [(i, search) for i, search in enumerate(started) if search.nodes.numel()]:
             nodes = [search.nodes for _, search in going]
             group = torch.cat([torch.full_like(beams[0], i) for (i, _), beams in zip(going, nodes)])
