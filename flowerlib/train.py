@@ -276,9 +276,8 @@ class Objective:
         """θ · sft + (1 − θ) · flow."""
         return self.theta * parts["sft"] + (1 - self.theta) * parts["flow"] if "flow" in parts else parts["sft"]
 
-    def _flow(
-        self, logits: Tensor, norm: Tensor, log_pf: Tensor, nodes: Tensor, log_p: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _flow(self, logits: Tensor, norm: Tensor, log_pf: Tensor, nodes: Tensor,
+              log_p: Tensor | None) -> tuple[Tensor, Tensor]:
         """The flow loss over titles laid one after the other, and the weight of its terms: logits (n, V), their
         logsumexp, log π of the tokens and the nodes that they reach, (n,), preferences of the users there,
         (n, n_leaves) or None."""
