@@ -55,8 +55,7 @@ def popularity_groups(counts: ArrayLike, n_groups: int = 8) -> Ints:
     if len(order) < n_groups:
         raise ValueError(f"{n_groups} popularity groups need as many titles with counts, not {len(order)}: bring more")
     groups = np.full(len(counts), n_groups - 1)
-    for group, members in enumerate(np.array_split(order, n_groups)):
-        groups[members] = group
+    groups[order] = np.repeat(np.arange(n_groups), list(map(len, np.array_split(order, n_groups))))
     return groups
 
 
@@ -263,10 +262,9 @@ def compare(
     return {name: (d, *_interval(name, d, many_b[name] - many_a[name])) for name, d in differences.items()}
 
 
-def _replicates(
-    recommendations: ArrayLike, targets: ArrayLike, counts: ArrayLike, titles: Sequence[str], ks: Sequence[int],
-    n_bootstrap: int, seed: int, n_groups: int, slots: int | None,
-) -> tuple[dict[str, float], dict[str, Floats]]:
+def _replicates(recommendations: ArrayLike, targets: ArrayLike, counts: ArrayLike, titles: Sequence[str],
+                ks: Sequence[int], n_bootstrap: int, seed: int, n_groups: int,
+                slots: int | None) -> tuple[dict[str, float], dict[str, Floats]]:
     """Every metric's value and its replicates: (U,) with one user left out for DIVERSITY, else (R,) resampled."""
     counts = _checked_counts(counts)
     if len(titles) != len(counts):

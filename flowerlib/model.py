@@ -82,10 +82,8 @@ class Catalogue:
         if differs.any():  # the first such item has joined the leaf of an earlier title
             i = int(differs.argmax())
             other = titles[int((trie.item_leaf == trie.item_leaf[i]).nonzero()[0, 0])]
-            raise ValueError(
-                f"the tokenizer reads item {i}, {titles[i]!r}, and {other!r} as the same tokens: give both one title, "
-                "or take a model whose tokenizer tells them apart"
-            )
+            raise ValueError(f"the tokenizer reads item {i}, {titles[i]!r}, and {other!r} as the same tokens: give "
+                             "both one title, or take a model whose tokenizer tells them apart")
         eos = tokenizer.eos_token_id if rows == "target" and tokenizer.eos_token_id != end else None
         return cls(list(titles), sequences, trie, header, separator, footer, eos)
 
@@ -110,10 +108,8 @@ def prompt_texts(category: str, rows: str) -> tuple[str, str, str]:
     if rows == "sequence":
         return f"Titles that one person chose, one {category} after the other:\n", "\n", ""
     if rows == "target":
-        header = (
-            f"### Instruction:\nRecommend the {category} that this user will like next.\n\n"
-            f"### Input:\nThe user has enjoyed the following {category} titles: "
-        )
+        header = (f"### Instruction:\nRecommend the {category} that this user will like next.\n\n"
+                  f"### Input:\nThe user has enjoyed the following {category} titles: ")
         return header, ", ", "\n\n### Response:\n"
     raise ValueError(f"rows is {rows!r}: choose sequence or target")
 

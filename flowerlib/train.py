@@ -152,9 +152,8 @@ def make_rows(catalogue: Catalogue, histories: Sequence[Sequence[int]], targets:
         prompt = catalogue.context(history)
         tail = [] if catalogue.eos is None else [catalogue.eos]
         ids.append(np.array(prompt + [t for i in wanted for t in catalogue.sequences[i]] + tail))
-        nodes.append(np.concatenate(
-            [np.full(len(prompt), NO_TARGET), *(item_paths[i] for i in wanted), np.full(len(tail), EOS_TARGET)]
-        ).astype(np.int64))
+        own = np.full(len(prompt), NO_TARGET), *(item_paths[i] for i in wanted), np.full(len(tail), EOS_TARGET)
+        nodes.append(np.concatenate(own).astype(np.int64))
     leaves = [[item_leaf[i] for i in (*history, *wanted)] for history, wanted in zip(histories, targets)]
     return Rows(ids, nodes, leaves, list(map(len, histories)))
 
@@ -166,10 +165,8 @@ def training_rows(catalogue: Catalogue, tables: data.Tables, settings: TrainSett
         return make_rows(catalogue, histories, [[t] for t in targets])
     flat, start = data.sequences(tables.train)
     flat = pd.Index(tables.items.item_id).get_indexer(flat).tolist()
-    windows = [
-        flat[i : min(i + settings.max_history, stop)]
-        for first, stop in zip(start[:-1], start[1:]) for i in range(first, stop, settings.max_history)
-    ]
+    windows = [flat[i : min(i + settings.max_history, stop)] for first, stop in zip(start[:-1], start[1:])
+               for i in range(first, stop, settings.max_history)]
     return make_rows(catalogue, [[]] * len(windows), windows)
 
 
@@ -282,9 +279,8 @@ class Objective:
         """θ · sft + (1 − θ) · flow."""
         return self.theta * parts["sft"] + (1 - self.theta) * parts["flow"] if "flow" in parts else parts["sft"]
 
-    def _flow(
-        self, logits: Tensor, norm: Tensor, log_pf: Tensor, nodes: Tensor, log_p: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _flow(self, logits: Tensor, norm: Tensor, log_pf: Tensor, nodes: Tensor,
+              log_p: Tensor | None) -> tuple[Tensor, Tensor]:
         """The flow loss over titles laid one after the other, and the weight of its terms: logits (n, V), their
         logsumexp, log π of the tokens and the nodes that they reach, (n,), preferences of the users there,
         (n, n_leaves) or None."""

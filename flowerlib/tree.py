@@ -308,7 +308,6 @@ def beam_search(
     if log_p is None and any(s.guide for s in searches):
         raise ValueError("a search with a guide needs log_p, the users' preferences")
     trie = catalogue.trie.to(model.device)
-    even = count_log_rewards(trie, torch.zeros(trie.n_items, device=model.device), alpha=0.0).float()
     generators = [torch.Generator(model.device).manual_seed(seed) for _ in searches]  # none depends on the others
     contexts = [catalogue.context(history) for history in histories]
     results = [(np.full((len(contexts), s.n), -1), np.full((len(contexts), s.n), -np.inf)) for s in searches]
@@ -319,11 +318,10 @@ def beam_search(
         blocked = nodes_of_seen(trie, [(histories if seen is None else seen)[i] for i in batch])
         guide = None
         if log_p is not None:  # token rewards of R(leaf | u) = p_u(leaf)
+            even = count_log_rewards(trie, torch.zeros(trie.n_items, device=model.device), alpha=0.0).float()
             guide = trie.log_token_rewards(preference_log_rewards(trie, even, log_p[batch].to(model.device)))
-        started = [
-            _Search(trie, search, None if search.seen_allowed else blocked, guide, generator, prompts.logits)
-            for search, generator in zip(searches, generators)
-        ]
+        started = [_Search(trie, search, None if search.seen_allowed else blocked, guide, generator, prompts.logits)
+                   for search, generator in zip(searches, generators)]
         while going := [(i, search) for i, search in enumerate(started) if search.nodes.numel()]:
             nodes = [search.nodes for _, search in going]
             group = torch.cat([torch.full_like(beams[0], i) for (i, _), beams in zip(going, nodes)])
@@ -343,10 +341,8 @@ class _Search:
         leaf, best_score: (B, n) the best titles so far, -1 and -inf where there is none.
     """
 
-    def __init__(
-        self, trie: TitleTrie, beams: Beams, blocked: Tensor | None, guide: Tensor | None, generator: torch.Generator,
-        logits: Tensor,
-    ):
+    def __init__(self, trie: TitleTrie, beams: Beams, blocked: Tensor | None, guide: Tensor | None,
+                 generator: torch.Generator, logits: Tensor):
         """blocked, guide: (B, n_nodes) nodes left out, and log token rewards. logits: (B, 1, V) after the prompts."""
         self.trie, self.beams, self.blocked, self.guide, self.generator = trie, beams, blocked, guide, generator
         self.nodes, self.depth = trie.parent.new_zeros(len(logits), 1), 0

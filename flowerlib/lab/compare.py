@@ -152,10 +152,9 @@ class Comparison:
             self._open = contender, backbone.model, backbone.catalogue, made
         return self._open[1:]
 
-    def _records(
-        self, contender: Contender, kind: str, content: str, origins: Mapping[str, Mapping[str, Any]],
-        make: Callable[[PreTrainedModel, Catalogue, list[str]], list[dict[str, Any]]],
-    ) -> dict[str, dict[str, Any]]:
+    def _records(self, contender: Contender, kind: str, content: str, origins: Mapping[str, Mapping[str, Any]],
+                 make: Callable[[PreTrainedModel, Catalogue, list[str]], list[dict[str, Any]]],
+                 ) -> dict[str, dict[str, Any]]:
         """By name, the records of what was made from these origins before, and of the others, made now. The provenance
         of the making stands in each, and that of the training beside it."""
         method = contender.settings.method

@@ -80,8 +80,7 @@ def right_padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
 
 
 class _Windows(Dataset):
-    """A random window of a user's sequence at each call, as often as the sequence holds windows: ids and labels, which
-    are the same."""
+    """A random window of a user's sequence at each call, as often as the sequence holds windows: ids, and labels."""
 
     def __init__(self, sequences: Sequence[Sequence[int]], window: int):
         self.sequences, self.window = sequences, window

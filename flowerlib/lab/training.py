@@ -107,9 +107,8 @@ class FlowerTrainer(Trainer):
         lengths = map(len, (train_dataset or self.train_dataset).input_ids)
         return LikeLengths(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
 
-    def compute_loss(
-        self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
-    ) -> Any:
+    def compute_loss(self, model: PreTrainedModel, inputs: dict[str, Tensor], return_outputs: bool = False,
+                     **_: Any) -> Any:
         parts = {}
         for name, (mean, weight) in self.objective(model, inputs).items():
             if (n := self.accelerator.num_processes) > 1:  # their average is then the mean over the terms of all
@@ -265,9 +264,8 @@ def finetune(
         if settings.lora_rank:
             tuned = with_lora(tuned, settings.lora_rank)
         logging.set_verbosity_error()
-        trainer = FlowerTrainer(
-            tuned, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()], objective=objective
-        )
+        trainer = FlowerTrainer(tuned, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()],
+                                objective=objective)
         trainer.remove_callback(PrinterCallback)
         torch.manual_seed(settings.seed + 1_000_003 * arguments.process_index)  # every process draws paths of its own
         with arguments.main_process_first():
@@ -304,10 +302,9 @@ def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, parts: Sequence
     limit = context_limit(model)
     item, sequence = max(enumerate(catalogue.sequences), key=lambda pair: len(pair[1]))
     if len(catalogue.context([])) + len(sequence) > limit:
-        raise ValueError(
-            f"item {item}, {catalogue.titles[item][:60]!r}, has {len(sequence)} tokens; prompt and title together may "
-            f"have {limit}, the model's context or sliding window: shorten the title, or take another model"
-        )
+        raise ValueError(f"item {item}, {catalogue.titles[item][:60]!r}, has {len(sequence)} tokens; prompt and title "
+                         f"together may have {limit}, the model's context or sliding window: shorten the title, or "
+                         "take another model")
     longest = max(len(ids) for rows in parts for ids in rows.input_ids) + catalogue.trie.max_depth
     if longest > limit:
         raise ValueError(f"a row may grow to {longest} tokens and the model reads {limit}: lower max_history, or "
@@ -419,10 +416,8 @@ def _parted(batch_size: int, device_batch: int, processes: int) -> tuple[int, in
     times = -(-batch_size // (device_batch * processes))
     rows, rest = divmod(batch_size, times * processes)
     if rest:
-        raise ValueError(
-            f"batch_size {batch_size} does not part into equal batches of at most {device_batch} rows (device_batch) "
-            f"for {processes} processes: make it a multiple of {times * processes}"
-        )
+        raise ValueError(f"batch_size {batch_size} does not part into equal batches of at most {device_batch} rows "
+                         f"(device_batch) for {processes} processes: make it a multiple of {times * processes}")
     return rows, times
 
 
