@@ -192,6 +192,9 @@ def fit_target(
     return tune(tree, log_item_rewards, step, budget, learning_rate, f"{loss}, {paths}", **how)
 
 
+# Preference tuning on the same tree
+
+
 def tilted_optimum(log_reference: Tensor, log_reward: Tensor, beta: float) -> Tensor:
     """(n_leaves,) log of π_ref · exp(r/β), normalised: what a policy gradient with KL penalty β converges to. With r =
     log R and a uniform reference, β = 1 gives R/Z itself, the target of Flower; a smaller β sharpens it."""
