@@ -25,7 +25,7 @@ from .tree import additive, left_padded, pack, positions, sample_leaves
 from .trie import TitleTrie
 
 NO_TARGET, EOS_TARGET = -1, -2  # values in a row's `nodes` where there is no node of the tree
-WIDTHS = 8  # batches are as wide as a multiple of this: for every width that it meets, bfloat16 on a CPU keeps memory
+WIDTHS = 8  # logged rows are as wide as a multiple of this: for every width, bfloat16 on a CPU keeps memory
 LINE = r"[^\0-\x08\n-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{1,4000}"  # of text: no control character
 
 

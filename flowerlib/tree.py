@@ -310,6 +310,7 @@ def beam_search(
     trie = catalogue.trie.to(model.device)
     generators = [torch.Generator(model.device).manual_seed(seed) for _ in searches]  # none depends on the others
     contexts = [catalogue.context(history) for history in histories]
+    even = count_log_rewards(trie, torch.zeros(trie.n_items, device=model.device), alpha=0.0).float()
     results = [(np.full((len(contexts), s.n), -1), np.full((len(contexts), s.n), -np.inf)) for s in searches]
     order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -317,8 +318,7 @@ def beam_search(
         prompts = Prompts(model, trie, *(x.to(model.device) for x in left_padded([contexts[i] for i in batch])))
         blocked = nodes_of_seen(trie, [(histories if seen is None else seen)[i] for i in batch])
         guide = None
-        if log_p is not None:  # token rewards of R(leaf | u) = p_u(leaf)
-            even = count_log_rewards(trie, torch.zeros(trie.n_items, device=model.device), alpha=0.0).float()
+        if any(s.guide for s in searches):  # token rewards of R(leaf | u) = p_u(leaf)
             guide = trie.log_token_rewards(preference_log_rewards(trie, even, log_p[batch].to(model.device)))
         started = [_Search(trie, search, None if search.seen_allowed else blocked, guide, generator, prompts.logits)
                    for search, generator in zip(searches, generators)]

@@ -12,8 +12,9 @@ import nbformat
 
 from flowerlib.lab import report, runs, store
 from flowerlib.lab.reproduce import (
-    BENCH, BY_HAND, EXPLORERS, FOLDER, NOTEBOOKS, SPEED, STUDIES, NotebookError, reproduce,
+    BENCH, BY_HAND, EXPLORERS, FOLDER, NOTEBOOKS, SPEED, STUDIES, NotebookError, reproduce, times_file,
 )
+from flowerlib.lab.settings import PROFILES
 
 ONE_RUN = (*NOTEBOOKS, BY_HAND, EXPLORERS)  # published together, from scratch
 RUNS, FIGURES = store.ROOT / "runs", store.ROOT / "figures"
@@ -68,7 +69,8 @@ def main() -> None:
             for run in filter(Path.exists, (folder, quick)):
                 print("the last run is now in", run.rename(f"{run}-{time.strftime('%Y-%m-%d-%H%M%S')}"))
             reproduce("smoke", str(quick), {}, (*NOTEBOOKS, BY_HAND, *STUDIES))
-            copies |= {folder / "timings.json": "timings.json", quick / "timings.json": "timings_smoke.json"}
+            copies |= {folder / "timings.json": times_file(PROFILES["laptop"]),
+                       quick / "timings.json": times_file(PROFILES["smoke"])}
         reproduce("laptop", str(folder), {}, names)
     except NotebookError as error:
         parser.error(str(error))

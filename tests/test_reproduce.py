@@ -1,16 +1,20 @@
 """Runs of the notebooks: what changed runs again, what did not is skipped, and nothing is trained twice."""
 
 import json
+import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
 from flowerlib.lab import launch, reproduce, runs, store, training
 from flowerlib.lab.preference import Trainer
+from flowerlib.lab.settings import PROFILES
 from flowerlib.tree import recommend
 
 PREPARE, SFT, FLOWER, MEASURE = reproduce.NOTEBOOKS
@@ -29,6 +33,7 @@ def dry(monkeypatch, tmp_path):
         return 1.0
 
     monkeypatch.setattr(reproduce, "_run", noted)
+    monkeypatch.setattr(store, "matmul_seconds", lambda during: 0.01)
 
     def run(overrides={}, only=reproduce.NOTEBOOKS, **more):
         ran.clear()
@@ -52,12 +57,28 @@ def forbid_training(monkeypatch):
 # Whole runs
 
 
-def test_a_run_says_at_its_start_how_long_it_will_take_and_how_far_it_is(dry, monkeypatch, capsys):
+def test_a_run_says_at_its_start_how_long_what_is_left_will_take(dry, monkeypatch, capsys):
     published = store.read_json(reproduce.TIMES / "timings_smoke.json")
-    here = iter([2 * published[PREPARE]["matmul_1024_seconds"]])
-    monkeypatch.setattr(store, "matmul_seconds", lambda during: next(here))
-    dry(only=[PREPARE])
-    assert f"about {2 * published[PREPARE]['seconds']:.0f} s on this machine" in capsys.readouterr().out
+    then = statistics.median(entry["matmul_1024_seconds"] for entry in published.values())
+    monkeypatch.setattr(store, "matmul_seconds", lambda during: 2 * then)
+    dry(only=[PREPARE, SFT])
+    seconds = [2 * published[name]["seconds"] for name in (PREPARE, SFT)]
+    assert f"about {reproduce.minutes(sum(seconds))} from scratch on this machine" in capsys.readouterr().out
+    dry(only=[PREPARE, SFT])
+    assert "from scratch" not in capsys.readouterr().out  # all is there
+    dry(only=[PREPARE, SFT, MEASURE])
+    assert f"about {2 * published[MEASURE]['seconds']:.0f} s from scratch" in capsys.readouterr().out
+    dry({"theta": 0.5})
+    assert "from scratch" not in capsys.readouterr().out  # nobody has measured these settings
+
+
+def test_the_times_are_those_of_a_machine_like_this(monkeypatch):
+    assert reproduce.times_file(PROFILES["smoke"]) == "timings_smoke.json"
+    for able, name in ((True, "timings.json"), (False, "timings_float32.json")):
+        monkeypatch.setattr(reproduce, "computes_in_bfloat16", lambda: able)
+        assert reproduce.times_file(PROFILES["laptop"]) == name
+    assert reproduce.times_file(replace(PROFILES["laptop"], bfloat16=False)) == "timings_float32.json"
+    assert all(map(math.isnan, reproduce.expected_seconds("paper", {}, [PREPARE, SFT])))
 
 
 def test_bars_show_the_whole_run_and_never_a_time_that_is_over(monkeypatch, capsys):
@@ -77,7 +98,7 @@ def test_smoke_leaves_results_and_figures(smoke):
         assert document["rows"] and document["provenance"]["settings"]["profile"] == "smoke"
         assert {"versions", "device", "commit", "seconds", "made_at", "bfloat16"} <= document["provenance"].keys()
     rows = runs.read_results(smoke / "results" / MEASURE.replace(".ipynb", ".json"))
-    assert {row["method"] for row in rows} == {"Popularity", "SFT", "Flower-KL"} and len(rows) == 7
+    assert {row["method"] for row in rows} == {"Popularity", "SFT", "Flower-KL"} and len(rows) == 3
     assert len(list((smoke / "figures").glob("*.png"))) >= 5
     assert len(list((smoke / "preference").iterdir())) == 1
     methods = {folder.name.rsplit("-", 1)[0] for folder in trained(smoke)}
@@ -222,7 +243,7 @@ def test_a_whole_house_with_a_changed_docstring_trains_nothing_again(copy, tmp_p
     (copy / "flower" / "settings.json").unlink()
     (copy / "results" / "04_bias_and_diversity.json").write_text("{}")
     assert run().count("skipped") == 2
-    assert len(runs.read_results(copy / "results" / "04_bias_and_diversity.json")) == 7
+    assert len(runs.read_results(copy / "results" / "04_bias_and_diversity.json")) == 3
     assert trained(copy) == before
 
 

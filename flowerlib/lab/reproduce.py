@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import nbformat
 import papermill
+import torch
 from nbclient.exceptions import DeadKernelError
 
 from ..train import checked
@@ -54,7 +56,7 @@ class Screen:
     def __str__(self) -> str:
         here = max(self.here - (time.perf_counter() - self.start), self.here / 20)  # it may take longer than expected
         left = here + self.later
-        return f"{self.place}, {minutes(left)} left" if left == left else self.place
+        return f"{self.place}, {minutes(left):>6} left" if left == left else self.place
 
     def write(self, text: str) -> None:
         sys.stderr.write(text.replace("\r", f"\r[{self}] "))
@@ -67,14 +69,22 @@ def minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def expected_seconds(own: Settings, names: Sequence[str]) -> list[float]:
+def times_file(own: Settings) -> str:
+    """Name of the file in figures/ that holds the times of a published run like one on this machine."""
+    kind = "_smoke" if own.profile == "smoke" else "" if own.bfloat16 and computes_in_bfloat16() else "_float32"
+    return f"timings{kind}.json"
+
+
+def expected_seconds(profile: str, overrides: Mapping[str, Any], names: Sequence[str]) -> list[float]:
     """Seconds that each notebook will take here, NaN where nobody knows: those of the profile's published run, times
     the ratio of both machines' times for one product of float32 matrices, measured for a second."""
-    kind = "_smoke" if own.profile == "smoke" else "" if own.bfloat16 and computes_in_bfloat16() else "_float32"
-    path, here = TIMES / f"timings{kind}.json", store.matmul_seconds(1.0)
-    times = store.read_json(path) if own.profile in ("smoke", "laptop") and path.exists() else {}
-    known = [times.get(name, {"seconds": math.nan, "matmul_1024_seconds": 1.0}) for name in names]
-    return [entry["seconds"] * here / entry["matmul_1024_seconds"] for entry in known]
+    path = TIMES / times_file(settings(profile, bfloat16=overrides.get("bfloat16")))
+    other = profile not in ("smoke", "laptop") or {*overrides} - {"bfloat16"} or torch.cuda.is_available()
+    if other or not path.exists():
+        return [math.nan] * len(names)
+    times = store.read_json(path)
+    slower = store.matmul_seconds(1.0) / statistics.median(entry["matmul_1024_seconds"] for entry in times.values())
+    return [times[name]["seconds"] * slower if name in times else math.nan for name in names]
 
 
 def parameters(notebook: Path) -> dict[str, Any]:
@@ -124,13 +134,8 @@ def reproduce(profile: str, out: str | None, overrides: Mapping[str, Any], only:
 
 def _run_all(profile: str, folder: Path, overrides: Mapping[str, Any], names: Mapping[str, Mapping[str, Any]]) -> None:
     library = store.digest(*(path.read_bytes() for path in sorted(Path(__file__).parent.parent.rglob("*.py"))))
-    own = settings(profile, bfloat16=overrides.get("bfloat16"))
-    expected = expected_seconds(own, list(names))
-    if (total := sum(expected)) == total:
-        print(f"{len(names)} notebooks: about {minutes(total)} on this machine, with the profile's own data and "
-              f"settings; figures appear in {folder / 'figures'} as they are made", flush=True)
+    expected: list[float] = []
     for i, name in enumerate(names):
-        screen = Screen(f"{i + 1} of {len(names)}", expected[i], sum(expected[i + 1 :]))
         given = {"PROFILE": profile, "OUT": str(folder)} | {k: v for k, v in overrides.items() if k in names[name]}
         own = settings(profile, fit=name == FIT, **{k: v for k, v in given.items() if hasattr(Settings, k)})
         brought = [own.data_path, own.counts_path, own.model, *(v for k, v in given.items() if k.endswith("_path"))]
@@ -142,6 +147,12 @@ def _run_all(profile: str, folder: Path, overrides: Mapping[str, Any], names: Ma
         if (done := store.find(record, origin, "outputs")) and done["outputs"] == _outputs(folder, name):
             print(f"{name}: unchanged since its last complete run, skipped", flush=True)
             continue
+        if not expected:
+            expected = [0.0] * i + expected_seconds(profile, overrides, list(names)[i:])
+            if (total := sum(expected)) == total:
+                print(f"about {minutes(total)} from scratch on this machine; figures appear in {folder / 'figures'} as "
+                      "they are made", flush=True)
+        screen = Screen(f"{i + 1} of {len(names)}", expected[i], sum(expected[i + 1 :]))
         print(f"\n{name} ({screen})", flush=True)
         seconds = _run(name, given, folder, screen)
         source = {"commit": store.commit(), "seconds": round(seconds, 1)}

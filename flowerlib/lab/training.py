@@ -46,7 +46,7 @@ class OnDisk:
 
 @torch.no_grad()
 def run_trunk(rows: Rows, trunk: PreTrainedModel, folder: Path, name: str, batch_size: int = 16) -> None:
-    """Runs the frozen layers once over all rows; their output stays on disk as float16, memory-mapped, in
+    """Runs the frozen layers once over all rows; their output stays on disk as float16, in
     folder/<name>-<digest of rows and weights>.npy."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{store.digest(rows.start, *rows.input_ids, *trunk.parameters())}.npy"
