@@ -17,10 +17,8 @@ FLOOR_LOG_REWARD = -15.0  # what the official code gives the terminator where th
 FLOW_LOSSES = ("subtb", "tb", "db", "modified_subtb")  # of paths; `divergence_loss` is of the states on them
 
 
-def flow_loss(
-    name: str, log_pf: Tensor, log_token_rewards: Tensor, mask: Tensor, lam: float = 1.0,
-    end: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+def flow_loss(name: str, log_pf: Tensor, log_token_rewards: Tensor, mask: Tensor, lam: float = 1.0,
+              end: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """One of FLOW_LOSSES over titles' paths, a scalar in nats²; ValueError for another name. end: log_pterm and
     log_term_rewards of `modified_subtb_loss`, which alone reads them."""
     if name == "tb":

@@ -194,9 +194,8 @@ def sampled_divergences(draws: ArrayLike, log_target: ArrayLike) -> dict[str, fl
     return divergences(log_target, np.log(np.maximum(draws / draws.sum(), np.finfo(float).eps)))
 
 
-def sampled_kl(
-    log_model: ArrayLike, log_target: ArrayLike, n_draws: int, replicates: int = 1000, seed: int = 0
-) -> Floats:
+def sampled_kl(log_model: ArrayLike, log_target: ArrayLike, n_draws: int, replicates: int = 1000,
+               seed: int = 0) -> Floats:
     """(replicates,) KL(target‖draws), nats: each replicate draws n_draws titles from a known (L,) model."""
     log_model, log_target = (x - np.logaddexp.reduce(x) for x in (np.asarray(log_model), np.asarray(log_target)))
     share = np.exp(log_model)
@@ -245,11 +244,9 @@ def evaluate(
     return values
 
 
-def compare(
-    recommendations_a: ArrayLike, recommendations_b: ArrayLike, targets: ArrayLike, counts: ArrayLike,
-    titles: Sequence[str], ks: Sequence[int] = (1, 3, 5, 10), n_bootstrap: int = 1000, seed: int = 0,
-    n_groups: int = 8, slots: int | None = None,
-) -> dict[str, tuple[float, float, float]]:
+def compare(recommendations_a: ArrayLike, recommendations_b: ArrayLike, targets: ArrayLike, counts: ArrayLike,
+            titles: Sequence[str], ks: Sequence[int] = (1, 3, 5, 10), n_bootstrap: int = 1000, seed: int = 0,
+            n_groups: int = 8, slots: int | None = None) -> dict[str, tuple[float, float, float]]:
     """b minus a for every metric of `evaluate`: (difference, lo, hi), a 95% interval over users, not training seeds.
 
     a and b share each resample of users, so what users have in common cancels. Raises ValueError also if n_bootstrap=0.

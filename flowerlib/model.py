@@ -51,9 +51,8 @@ class Catalogue:
     eos: int | None
 
     @classmethod
-    def build(
-        cls, tokenizer: PreTrainedTokenizerFast, titles: Sequence[str], category: str, rows: str = "sequence"
-    ) -> Catalogue:
+    def build(cls, tokenizer: PreTrainedTokenizerFast, titles: Sequence[str], category: str,
+              rows: str = "sequence") -> Catalogue:
         """Encodes titles and prompt.
 
         Deviation: title and terminator are encoded apart and joined, here and everywhere. The official code encodes
@@ -229,9 +228,8 @@ def keep_layers(model: PreTrainedModel, n_lower: int, n_upper: int) -> None:
     _take_layers(model.config, places)
 
 
-def cut_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
-) -> PreTrainedTokenizerFast:
+def cut_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
+                   texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """Cuts the model, in place, to the tokens that `texts` need, and returns the tokenizer that goes with it.
 
     A softmax over a few thousand tokens costs a fraction of one over 49,152. Every text of `texts` keeps its tokens

@@ -190,9 +190,8 @@ class PackedTree:
 
 
 @torch.no_grad()
-def sample_leaves(
-    model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, attention_mask: Tensor, branch: Tensor
-) -> Tensor:
+def sample_leaves(model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, attention_mask: Tensor,
+                  branch: Tensor) -> Tensor:
     """Draws P titles for each row from the model renormalised over the children of each node: (B, P) leaf nodes.
 
     Each row is read once; its paths go through the model packed behind it, as long as one can fork. Raises ValueError

@@ -171,9 +171,8 @@ class Comparison:
             self.sources += [record[key] for key in ("trained", "provenance") if key in record]  # older ones have one
         return records
 
-    def lists(
-        self, contender: Contender, part: str, searches: Mapping[str, Beams], n_users: int = 0, draw: int = 0
-    ) -> dict[str, Lists]:
+    def lists(self, contender: Contender, part: str, searches: Mapping[str, Beams], n_users: int = 0,
+              draw: int = 0) -> dict[str, Lists]:
         """Recommended lists, (U, n) leaf ids each, of a contender under these searches, for n_users of the part, drawn
         by the run's seed (0: all); those made before are read. draw: a number for each draw of stochastic searches."""
         users, model = self.users[part].sample(n_users, self.settings.seed), self.origin(contender)
@@ -208,9 +207,8 @@ class Comparison:
         origin = {"model": self.origin(contender), "exact": store.digest(histories)}
         return np.array(self._records(contender, "exact", "share", {"": origin}, make)[""]["share"])
 
-    def row(
-        self, method: str, lists: Lists, part: str, users: Users, n_bootstrap: int = 1000, **labels: Any
-    ) -> dict[str, Any]:
+    def row(self, method: str, lists: Lists, part: str, users: Users, n_bootstrap: int = 1000,
+            **labels: Any) -> dict[str, Any]:
         """A line of the results: labels, and every metric of these lists with its interval."""
         ks = [k for k in (1, 3, 5, 10, 20) if k <= lists.shape[1]]
         values = metrics.evaluate(lists, users.targets, self.counts, self.titles, ks, n_bootstrap, self.settings.seed)

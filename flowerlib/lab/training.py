@@ -183,10 +183,8 @@ def digest_of(tables: data.Tables) -> str:
     return store.digest(*parts)
 
 
-def made_from(
-    settings: TrainSettings, tables: data.Tables, log_item_rewards: Tensor | None = None,
-    preference: torch.nn.Module | None = None, leaf_weights: Tensor | None = None,
-) -> dict[str, Any]:
+def made_from(settings: TrainSettings, tables: data.Tables, log_item_rewards: Tensor | None = None,
+              preference: torch.nn.Module | None = None, leaf_weights: Tensor | None = None) -> dict[str, Any]:
     """What a tuned model depends on: the settings that touch its method, and names of the data and weights."""
     sft = log_item_rewards is None or settings.theta == 1
     read = {"beta": settings.reward in ("exact", "add"), "lam": settings.flow == "subtb", "model": False,
