@@ -138,7 +138,7 @@ def test_the_command_prints_the_table_and_where_all_lies(alone):
 
 
 @pytest.mark.long
-def test_the_same_seed_gives_the_same_results_but_for_times(smoke, tmp_path):
+def test_the_same_seed_gives_the_same_results_but_for_times(smoke, tmp_path, new_kernels):
     names = [name for name in (*reproduce.NOTEBOOKS, *reproduce.STUDIES) if name != reproduce.SPEED]  # times alone
     again = reproduce.reproduce("smoke", str(tmp_path), {}, names)
     results = {path for path in (smoke / "results").glob("*.json") if path.name[:2] != reproduce.SPEED[:2]}

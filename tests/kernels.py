@@ -1,0 +1,58 @@
+"""Kernels forked from a process that has imported torch and the like, so that a test's notebook starts at once."""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+
+import numpy as np
+
+FORKING = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else None)
+FORKING.set_forkserver_preload([
+    "ipykernel.kernelapp", "matplotlib.pyplot", "seaborn", "IPython.display", "peft", "transformers.trainer",
+    "flowerlib.lab.training", "flowerlib.lab.fit", "flowerlib.lab.plots", "flowerlib.lab.compare",
+])
+
+
+def _kernel(told, arguments, env, cwd, path):
+    os.setsid()  # a group of its own, which the manager of kernels can interrupt or end
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    np.random.seed()  # as a new process has it
+    sys.path[:] = ["", *path]
+    sys.argv = ["ipykernel_launcher", *arguments]
+    told.send(os.getpid())
+    runpy.run_module("ipykernel_launcher", run_name="__main__")
+
+
+class Forked:
+    """What `subprocess.Popen` gives for a new kernel."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, command: list[str], *, env: dict[str, str], cwd: str = ".", **_):
+        tests = os.path.dirname(__file__)
+        path = [place for place in sys.path if place and not os.path.abspath(place).startswith(tests)]
+        here, there = FORKING.Pipe(duplex=False)
+        self.process = FORKING.Process(target=_kernel, args=(there, command[3:], env, os.path.abspath(cwd), path), daemon=True)
+        self.process.start()
+        there.close()  # a child that fails ends the wait
+        self.pid = here.recv()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self.process.join(timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
