@@ -6,28 +6,18 @@ import shutil
 import kernels
 import pytest
 from filelock import FileLock
-from jupyter_client.launcher import launch_kernel
-from jupyter_client.provisioning import local_provisioner
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the tests compare with was computed on a CPU
 os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other make tiny models slow
 
 from flowerlib.lab import reproduce  # noqa: E402
 
+kernels.use()
+
 
 def pytest_collection_modifyitems(items):
     """One process begins with the run that many tests share, another with the tests that do not need it."""
     items.sort(key=lambda item: ("smoke" not in item.fixturenames, not item.get_closest_marker("long")))
-
-
-if hasattr(os, "fork"):
-    local_provisioner.launch_kernel = kernels.Forked
-
-
-@pytest.fixture
-def new_kernels(monkeypatch):
-    """Kernels start as a user's do."""
-    monkeypatch.setattr(local_provisioner, "launch_kernel", launch_kernel)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""Kernels forked from a process that has imported torch and the like, so that a test's notebook starts at once."""
+"""Kernels forked from a process that has imported torch and the like, so that a test's notebook starts at once.
+
+`python tests/kernels.py …` is `python -m flowerlib.lab.reproduce …` with such kernels.
+"""
 
 import multiprocessing
 import os
@@ -7,12 +10,14 @@ import signal
 import sys
 
 import numpy as np
+from jupyter_client.provisioning import local_provisioner
 
 FORKING = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else None)
 FORKING.set_forkserver_preload([
     "ipykernel.kernelapp", "matplotlib.pyplot", "seaborn", "IPython.display", "peft", "transformers.trainer",
-    "flowerlib.lab.training", "flowerlib.lab.fit", "flowerlib.lab.plots", "flowerlib.lab.compare",
-])
+    "transformers.integrations.hub_kernels", "transformers.models.llama", "transformers.models.gpt2",
+    "transformers.models.auto", "papermill", "nbformat", "tokenizers", "pyarrow.compute",
+])  # nothing of ours: a kernel imports the library that its notebook finds
 
 
 def _kernel(told, arguments, env, cwd, path):
@@ -56,3 +61,16 @@ class Forked:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def use() -> None:
+    """From now on kernels are forked, where the system can fork."""
+    if hasattr(os, "fork"):
+        local_provisioner.launch_kernel = Forked
+
+
+if __name__ == "__main__":
+    from flowerlib.lab import reproduce
+
+    use()
+    reproduce.main()
