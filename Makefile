@@ -16,9 +16,8 @@ reproduce: .venv/ready
 	$(REPRODUCE) --profile $(PROFILE) --out $(OUT) $(GIVEN)
 
 study: .venv/ready
-	$(REPRODUCE) --profile smoke --only 05_fit_a_known_distribution
-	$(REPRODUCE) --profile $(PROFILE) --out $(OUT) $(GIVEN) \
-	  --only 01_prepare_the_data --only 05_fit_a_known_distribution --only 06_popularity_curves --only 07_which_title_next
+	$(REPRODUCE) --profile study --out runs/study$(addprefix -,$(notdir $(DATA))) $(GIVEN) $(if $(DATA),-p data_path='$(DATA)') \
+	  --only 01_prepare_the_data --only 07_which_title_next $(if $(DATA),,--only 05_fit_a_known_distribution)
 
 report: .venv/ready
 	$(BIN)/python -m flowerlib.lab.report --out $(OUT)

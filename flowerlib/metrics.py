@@ -3,7 +3,8 @@
 Everything is by leaf: items with equal titles are one leaf, and the leaves are numbered by their first item. Shapes:
 U users, K places of a list, L leaves of the catalogue, G popularity groups (0 = most popular), W distinct words.
 
-- recommendations (U, K): leaf ids, best first, -1 where a list is shorter
+- recommendations (U, K): leaf ids, best first, -1 where a list is shorter; `evaluate` and `compare` also take
+  (S, U, K), the lists of S trainings that differ in their seed alone
 - targets (U,): the leaf that each user interacted with next
 - counts (L,): training interactions of each leaf (true or windowed: say which beside the result)
 - exposure (L,): how many recommended slots each leaf fills
@@ -20,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 DIVERSITY = ("h_bits", "ttr", "distinct", "coverage", "gini")  # these depend on the number of users: see evaluate
+UNFAIRNESS = ("dgu", "mgu", "mgu_next")  # sizes of differences: chance alone makes them larger
 
 
 def ranks(recommendations: ArrayLike, targets: ArrayLike) -> Ints:
@@ -112,8 +114,8 @@ def mgu(gu: ArrayLike) -> float:
     return float(np.abs(gu).mean())
 
 
-def average_popularity(exposure: ArrayLike, counts: ArrayLike) -> float:
-    """Mean count of a recommended slot's leaf (interactions per title)."""
+def arp(exposure: ArrayLike, counts: ArrayLike) -> float:
+    """ARP, average recommendation popularity: mean count of a recommended slot's leaf (interactions per title)."""
     return float(np.average(counts, weights=exposure))
 
 
@@ -125,9 +127,23 @@ def tail(counts: ArrayLike, share: float = 0.2) -> NDArray[np.bool_]:
     return np.isin(np.arange(len(counts)), least)
 
 
-def tail_share(exposure: ArrayLike, counts: ArrayLike, share: float = 0.2) -> float:
-    """Share of the slots that the `tail` fills: about `share` where exposure follows the interactions."""
+def aplt(exposure: ArrayLike, counts: ArrayLike, share: float = 0.2) -> float:
+    """APLT, average percentage of long-tail items, as a share: the slots that the `tail` fills, about `share` where
+    exposure follows the interactions. Source: Abdollahpouri et al., FLAIRS 2019."""
     return float(np.asarray(exposure)[tail(counts, share)].sum() / np.sum(exposure))
+
+
+def accuracy_by_group(recommendations: ArrayLike, targets: ArrayLike, counts: ArrayLike, k: int = 10,
+                      n_groups: int = 8) -> pd.DataFrame:
+    """HR@k by the popularity of the title that was chosen next: a row a group (0 = most popular), and one, "cold", for
+    titles without a count, which are in no group here; columns group, n_users, hr, NaN where nobody chose any."""
+    targets, counts = np.asarray(targets), np.asarray(counts)
+    hit = hit_rate(ranks(recommendations, targets), k)
+    group = np.where(counts[targets] > 0, popularity_groups(counts, n_groups)[targets], n_groups)
+    users = np.bincount(group, minlength=n_groups + 1)
+    hits = np.bincount(group, weights=hit, minlength=n_groups + 1)
+    names = [*range(n_groups), "cold"]
+    return pd.DataFrame({"group": names, "n_users": users, "hr": hits / np.where(users > 0, users, np.nan)})
 
 
 def distinct(exposure: ArrayLike) -> int:
@@ -222,90 +238,126 @@ def evaluate(
     ks: Sequence[int] = (1, 3, 5, 10), n_bootstrap: int = 1000, seed: int = 0, n_groups: int = 8,
     slots: int | None = None,
 ) -> dict[str, float]:
-    """Every metric, and `<metric>_lo`, `<metric>_hi`: a 95% interval over users (n_bootstrap=0: none).
+    """Every metric, and `<metric>_lo`, `<metric>_hi`: a 95% interval over users and trainings (n_bootstrap=0: none).
 
-    Keys: hr@k and ndcg@k for every k, dgu, mgu, average_popularity, tail_share, h_bits, ttr, distinct, coverage, gini.
-    All but accuracy look at the first `slots` places of a list (None: all), to compare lists of 20 with lists of 10.
+    Keys: hr@k and ndcg@k for every k; dgu, mgu; top_vs_history and top_vs_next: share of the most popular group in the
+    slots minus its share in the interactions, or in the users' next choices; mgu_next: MGU against these choices; arp,
+    aplt, h_bits, ttr, distinct, coverage, gini. All but accuracy look at the first `slots` places of a list (None:
+    all), to compare lists of 20 with lists of 10. With several trainings every value is the mean of theirs.
 
-    Accuracy, fairness, popularity: percentiles over resampled users (without any hit, HR's are 0). With few users, DGU
-    and MGU are above 0 even if slots are fair, and a nearly fair method's interval is too high. DIVERSITY grows with
-    the number of users: compare it at equal U. A resample holds about 63% of them, so percentiles would miss the value:
-    the interval is the jackknife's, value +- 1.96 standard errors from leaving out one user at a time. It errs towards
-    too wide (Efron and Stein 1981). No interval covers the training seed.
+    Users are resampled, one resample for all trainings; to each is added the trainings' standard error times a draw of
+    Student's t with S - 1 degrees of freedom, as for a mean of few; one training alone tells nothing about others. The
+    interval is between percentiles (without any hit, HR's are 0). UNFAIRNESS is above 0 even if slots are fair, and
+    resampling adds to that: its intervals are basic, 2 · value - percentile. DIVERSITY grows with the number of users:
+    compare it at equal U. A resample holds about 63% of them, so that percentiles would miss the value: users' parts
+    of the error, by the jackknife, are multiplied by normal draws (Efron and Stein 1981: errs towards too wide).
 
     Raises ValueError: shapes disagree, ids outside the catalogue, a leaf twice in a list, a user without
     recommendation, no counts, k above K (lists of ten have no HR@20), or one user alone and an interval.
     """
     values, replicates = _replicates(recommendations, targets, counts, titles, ks, n_bootstrap, seed, n_groups, slots)
-    upper = {"ttr": 1.0, "coverage": 1.0, "tail_share": 1.0, "gini": 1.0, "distinct": float(len(titles))}
+    upper = {"ttr": 1.0, "coverage": 1.0, "aplt": 1.0, "gini": 1.0, "distinct": float(len(titles))}
     for name, x in replicates.items():
         lo, hi = _interval(name, values[name], x)
-        values |= {f"{name}_lo": max(lo, 0.0), f"{name}_hi": min(hi, upper.get(name, np.inf))}
+        lowest = -1.0 if name.startswith("top_") else 0.0
+        values |= {f"{name}_lo": max(lo, lowest), f"{name}_hi": min(hi, upper.get(name, np.inf))}
     return values
 
 
 def compare(recommendations_a: ArrayLike, recommendations_b: ArrayLike, targets: ArrayLike, counts: ArrayLike,
             titles: Sequence[str], ks: Sequence[int] = (1, 3, 5, 10), n_bootstrap: int = 1000, seed: int = 0,
             n_groups: int = 8, slots: int | None = None) -> dict[str, tuple[float, float, float]]:
-    """b minus a for every metric of `evaluate`: (difference, lo, hi), a 95% interval over users, not training seeds.
+    """b minus a for every metric of `evaluate`: (difference, lo, hi), a 95% interval over users and trainings.
 
-    a and b share each resample of users, so what users have in common cancels. Raises ValueError also if n_bootstrap=0.
+    a and b share each resample of users, so what users have in common cancels; of trainings too, where both have
+    several: the i-th of both are of one seed. Raises ValueError also if n_bootstrap=0, or numbers of trainings differ.
     """
     if n_bootstrap < 1:
         raise ValueError("compare needs n_bootstrap >= 1")
+    both = [x[None] if x.ndim == 2 else x for x in map(np.asarray, (recommendations_a, recommendations_b))]
+    n_seeds = max(map(len, both))
+    if not {len(x) for x in both} <= {1, n_seeds}:
+        raise ValueError(f"{len(both[0])} and {len(both[1])} trainings: bring equally many, or one")
     args = (targets, counts, titles, ks, n_bootstrap, seed, n_groups, slots)
-    (a, many_a), (b, many_b) = (_replicates(lists, *args) for lists in (recommendations_a, recommendations_b))
+    (a, many_a), (b, many_b) = (_replicates(np.broadcast_to(x, (n_seeds, *x.shape[1:])), *args) for x in both)
     differences = {name: b[name] - a[name] for name in a}
     return {name: (d, *_interval(name, d, many_b[name] - many_a[name])) for name, d in differences.items()}
+
+
+def holm(p: ArrayLike) -> Floats:
+    """p-values of several tests, (n,), adjusted so that the chance of one false alarm or more stays below any level
+    that they are held against. Source: Holm, *A Simple Sequentially Rejective Multiple Test Procedure*, 1979."""
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p, kind="stable")
+    steps = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
+    return np.minimum(steps, 1.0)[np.argsort(order, kind="stable")]
 
 
 def _replicates(recommendations: ArrayLike, targets: ArrayLike, counts: ArrayLike, titles: Sequence[str],
                 ks: Sequence[int], n_bootstrap: int, seed: int, n_groups: int,
                 slots: int | None) -> tuple[dict[str, float], dict[str, Floats]]:
-    """Every metric's value and its replicates: (U,) with one user left out for DIVERSITY, else (R,) resampled."""
-    counts = _checked_counts(counts)
+    """Every metric's value, and (R,) values as other users and trainings might have given them."""
+    counts, lists = _checked_counts(counts), np.asarray(recommendations)
     if len(titles) != len(counts):
         raise ValueError(f"{len(titles)} titles for {len(counts)} counts")
-    rank, groups = ranks(recommendations, targets), popularity_groups(counts, n_groups)
-    recommendations = _checked_lists(recommendations, targets, len(counts), ks)[:, :slots]
-    n_users, shown = len(recommendations), recommendations >= 0
-    per_user = {f"hr@{k}": hit_rate(rank, k) for k in ks} | {f"ndcg@{k}": ndcg(rank, k) for k in ks}
-    per_user["average_popularity"] = np.where(shown, counts[recommendations], 0.0).sum(axis=1)
-    per_user["tail_share"] = (tail(counts)[recommendations] & shown).sum(axis=1)
-    group_slots = ((groups[recommendations] == np.arange(n_groups)[:, None, None]) & shown).sum(axis=2).T
-    sums = np.column_stack([*per_user.values(), group_slots])
-    count_words = _word_counter(titles)
+    trainings = lists if lists.ndim == 3 else lists[None]
+    groups, of_tail, count_words = popularity_groups(counts, n_groups), tail(counts), _word_counter(titles)
+    of_history, per_user = group_shares(counts, groups), []
+    for one in trainings:
+        rank, one = ranks(one, targets), _checked_lists(one, targets, len(counts), ks)[:, :slots]
+        shown = one >= 0
+        own = {f"hr@{k}": hit_rate(rank, k) for k in ks} | {f"ndcg@{k}": ndcg(rank, k) for k in ks}
+        own["arp"] = np.where(shown, counts[one], 0.0).sum(axis=1)
+        own["aplt"] = (of_tail[one] & shown).sum(axis=1)
+        group_slots = ((groups[one] == np.arange(n_groups)[:, None, None]) & shown).sum(axis=2).T
+        per_user.append(np.column_stack([*own.values(), group_slots]))
+    names, n_users = list(own), len(trainings[0])
+    sums, chosen = np.stack(per_user), np.eye(n_groups)[groups[np.asarray(targets)]]
 
     def from_sums(weights: NDArray) -> dict[str, Floats]:
-        """Metrics that are functions of sums over users, for R weightings of the users: weights (R, U) -> (R,)."""
-        total = weights @ sums
-        filled = total[:, -n_groups:].sum(axis=1)
-        gu = total[:, -n_groups:] / filled[:, None] - group_shares(counts, groups)
-        means = {name: total[:, i] / (n_users if "@" in name else filled) for i, name in enumerate(per_user)}
-        return means | {"dgu": np.ptp(gu, axis=1), "mgu": np.abs(gu).mean(axis=1)}
+        """Metrics that are functions of sums over users, of S trainings under R weightings: (R, U) -> (S, R)."""
+        total, next_choices = weights @ sums, weights @ chosen / n_users
+        filled = total[..., -n_groups:].sum(-1)
+        share = total[..., -n_groups:] / filled[..., None]
+        gu, gu_next = share - of_history, share - next_choices
+        means = {name: total[..., i] / (n_users if "@" in name else filled) for i, name in enumerate(names)}
+        return means | {"dgu": np.ptp(gu, axis=-1), "mgu": np.abs(gu).mean(-1), "top_vs_history": gu[..., 0],
+                        "top_vs_next": gu_next[..., 0], "mgu_next": np.abs(gu_next).mean(-1)}
 
     def from_exposure(exposure: Ints) -> tuple[float, ...]:
         words = count_words(exposure)
         return word_entropy_bits(words), type_token_ratio(words), distinct(exposure), coverage(exposure), gini(exposure)
 
-    exposure = exposure_of(recommendations, len(counts))
-    values = {name: float(v[0]) for name, v in from_sums(np.ones((1, n_users))).items()}
-    values |= dict(zip(DIVERSITY, map(float, from_exposure(exposure))))
+    exposures = [exposure_of(one[:, :slots], len(counts)) for one in trainings]
+    values = {name: float(v.mean()) for name, v in from_sums(np.ones((1, n_users))).items()}
+    diversity = np.array([from_exposure(exposure) for exposure in exposures], dtype=float)  # (S, 5)
+    values |= dict(zip(DIVERSITY, diversity.mean(0).tolist()))
     if n_bootstrap < 1:
         return values, {}
     if n_users < 2:
         raise ValueError("an interval needs two users at least: pass n_bootstrap=0")
-    draws = np.random.default_rng(seed).multinomial(n_users, np.full(n_users, 1 / n_users), size=n_bootstrap)
-    left_out = [from_exposure(exposure - exposure_of(row, len(counts))) for row in recommendations]
-    return values, from_sums(draws) | dict(zip(DIVERSITY, np.array(left_out).T))
+    rng, n_seeds = np.random.default_rng(seed), len(trainings)
+    draws = rng.multinomial(n_users, np.full(n_users, 1 / n_users), size=n_bootstrap)
+    free = max(n_seeds - 1, 1)
+    student = rng.normal(size=(n_bootstrap, n_seeds)) / np.sqrt(rng.chisquare(free, (n_bootstrap, 1)) / free)
+
+    def of_trainings(x: Floats) -> Floats:
+        """(R,) errors of the mean of the trainings' values, (S, R) or (S, 1)."""
+        return (student * (x - x.mean(0)).T).sum(1) / np.sqrt(n_seeds * free)
+
+    replicates = {name: x.mean(0) + of_trainings(x) for name, x in from_sums(draws).items()}
+    left_out = np.array([[from_exposure(exposure - exposure_of(row[None, :slots], len(counts))) for row in one]
+                         for one, exposure in zip(trainings, exposures)]).mean(0)  # (U, 5)
+    normal = rng.normal(size=(n_bootstrap, n_users)) * np.sqrt((n_users - 1) / n_users)
+    of_users = normal @ (left_out - left_out.mean(0))  # (R, 5)
+    errors = {name: of_users[:, i] + of_trainings(diversity[:, i, None]) for i, name in enumerate(DIVERSITY)}
+    return values, replicates | {name: values[name] + error for name, error in errors.items()}
 
 
 def _interval(name: str, value: float, replicates: Floats) -> tuple[float, float]:
-    """95% interval that holds the value itself: the jackknife for DIVERSITY, percentiles for the others."""
-    if name in DIVERSITY:
-        lo, hi = value + 1.96 * np.sqrt((len(replicates) - 1) * replicates.var()) * np.array([-1, 1])
-    else:
-        lo, hi = np.percentile(replicates, (2.5, 97.5))
+    """95% interval that holds the value itself: basic for UNFAIRNESS, else percentiles."""
+    lo, hi = np.percentile(replicates, (2.5, 97.5))
+    lo, hi = (2 * value - hi, 2 * value - lo) if name in UNFAIRNESS else (lo, hi)
     return min(float(lo), value), max(float(hi), value)
 
 

@@ -268,6 +268,8 @@ class Beams:
         temperature: logits are divided by it before anything else.
         guide: weight w of the user's preference: a step scores (1 − w) · log π + w · log r, π over the children and r
             the token reward of p_ui (D3, Bao et al. 2024).
+        alpha: a title's score gains alpha · log(count + 1); on the way to it, the logarithm of the mean of
+            (count + 1)^alpha over the titles below. It does while decoding what the reward's α does in training.
     """
 
     n: int = 10
@@ -277,6 +279,7 @@ class Beams:
     stochastic: bool = False
     temperature: float = 1.0
     guide: float = 0.0
+    alpha: float = 0.0
 
     def __post_init__(self) -> None:
         numbers = isinstance(self.n, Integral) and 0 < self.temperature < np.inf and 0 <= self.guide <= 1 <= self.n
@@ -284,13 +287,16 @@ class Beams:
             raise ValueError(f"need a whole n >= 1, a finite temperature > 0 and guide from 0 to 1, not {self}")
         if self.stochastic and (self.length_normalised or self.guide):
             raise ValueError("stochastic beams draw from π: neither length_normalised nor guide goes with them")
+        refused = self.stochastic or self.length_normalised and self.alpha > 0
+        if not abs(self.alpha) < np.inf or self.alpha and refused:
+            raise ValueError(f"alpha {self.alpha} goes with neither stochastic nor, above 0, length_normalised beams")
 
 
 @torch.no_grad()
 def beam_search(
     model: PreTrainedModel, catalogue: Catalogue, histories: Sequence[Sequence[int]], searches: Sequence[Beams],
     seen: Sequence[Sequence[int]] | None = None, batch_size: int = 16, progress: str | None = None,
-    log_p: Tensor | None = None, seed: int = 0,
+    log_p: Tensor | None = None, seed: int = 0, item_counts: Tensor | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The best titles after each history, for each of the searches: their beams are packed behind one prompt, which is
     read once, and no cache is copied when beams change places. The tests' reference is `TrieLogitsProcessor`.
@@ -300,16 +306,20 @@ def beam_search(
         seen: item positions not to be recommended, where they are more than the histories.
         progress: label of a progress bar, or None. seed: of the stochastic searches.
         log_p: (N, n_leaves) log preference of each user; ValueError if a search has a guide and it is missing.
+        item_counts: (n_items,) interactions; ValueError if a search has an alpha and they are missing.
 
     Returns:
         For each search, leaf ids (N, n) best first and -1 where a list is shorter; scores (N, n), -inf there.
     """
     if log_p is None and any(s.guide for s in searches):
         raise ValueError("a search with a guide needs log_p, the users' preferences")
+    if item_counts is None and any(s.alpha for s in searches):
+        raise ValueError("a search with an alpha needs item_counts")
     trie = catalogue.trie.to(model.device)
     generators = [torch.Generator(model.device).manual_seed(seed) for _ in searches]  # none depends on the others
     contexts = [catalogue.context(history) for history in histories]
     even = count_log_rewards(trie, torch.zeros(trie.n_items, device=model.device), alpha=0.0).float()
+    tilts = [_tilt(trie, item_counts.to(model.device), s.alpha) if s.alpha else None for s in searches]
     results = [(np.full((len(contexts), s.n), -1), np.full((len(contexts), s.n), -np.inf)) for s in searches]
     order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -319,8 +329,8 @@ def beam_search(
         guide = None
         if any(s.guide for s in searches):  # token rewards of R(leaf | u) = p_u(leaf)
             guide = trie.log_token_rewards(preference_log_rewards(trie, even, log_p[batch].to(model.device)))
-        started = [_Search(trie, search, None if search.seen_allowed else blocked, guide, generator, prompts.logits)
-                   for search, generator in zip(searches, generators)]
+        started = [_Search(trie, search, None if search.seen_allowed else blocked, guide, tilt, generator,
+                           prompts.logits) for search, tilt, generator in zip(searches, tilts, generators)]
         while going := [(i, search) for i, search in enumerate(started) if search.nodes.numel()]:
             nodes = [search.nodes for _, search in going]
             group = torch.cat([torch.full_like(beams[0], i) for (i, _), beams in zip(going, nodes)])
@@ -332,6 +342,15 @@ def beam_search(
     return results
 
 
+def _tilt(trie: TitleTrie, item_counts: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """(n_nodes,) the logarithm of the mean of (count + 1)^alpha over the titles below each node, 0 at the root; and how
+    far it can still rise on the way to one of them."""
+    log_mean, even = (trie.log_flows(count_log_rewards(trie, item_counts, a)) for a in (alpha, 0.0))
+    log_mean = log_mean - even
+    highest = trie.from_below(torch.where(trie.node_leaf >= 0, log_mean, -torch.inf), "amax")
+    return log_mean.index_fill(0, trie.leaves.new_zeros(1), 0.0).float(), (highest - log_mean).float()
+
+
 class _Search:
     """One search behind B prompts, a step at a time.
 
@@ -341,9 +360,11 @@ class _Search:
     """
 
     def __init__(self, trie: TitleTrie, beams: Beams, blocked: Tensor | None, guide: Tensor | None,
-                 generator: torch.Generator, logits: Tensor):
-        """blocked, guide: (B, n_nodes) nodes left out, and log token rewards. logits: (B, 1, V) after the prompts."""
+                 tilt: tuple[Tensor, Tensor] | None, generator: torch.Generator, logits: Tensor):
+        """blocked, guide: (B, n_nodes) nodes left out, and log token rewards; tilt: of `_tilt`. logits: (B, 1, V) after
+        the prompts."""
         self.trie, self.beams, self.blocked, self.guide, self.generator = trie, beams, blocked, guide, generator
+        self.tilt, self.rise = tilt or (None, None)
         self.nodes, self.depth = trie.parent.new_zeros(len(logits), 1), 0
         self.key = self.score = torch.zeros(len(logits), 1, device=logits.device)  # by key beams are ranked, nats both
         self.best_key = self.best_score = self.key.new_full((len(logits), beams.n), -torch.inf)
@@ -360,8 +381,9 @@ class _Search:
         self.best_key, place = torch.cat([self.best_key, ended_key], 1).topk(n)
         self.best_score = torch.cat([self.best_score, ended_score], 1).gather(1, place)
         self.leaf = torch.cat([self.leaf, leaf], 1).gather(1, place)
-        longest = trie.deepest[node] if normalised else 1  # no title below ranks above this bound
-        goes_on = (leaf < 0) & (key / longest > self.best_key[:, -1:])
+        longest = trie.deepest[node] if normalised else 1
+        most = key if self.rise is None else key + self.rise[node]
+        goes_on = (leaf < 0) & (most / longest > self.best_key[:, -1:])  # no title below ranks above this bound
         self.key, place = torch.where(goes_on, key, -torch.inf).topk(min(n, key.shape[1]))
         width = int(torch.isfinite(self.key).sum(1).max())
         self.key, place = self.key[:, :width], place[:, :width]
@@ -386,6 +408,8 @@ class _Search:
             guide = self.guide[prompt, children]
             guide = guide - segment_logsumexp(guide, rows, n * width)[rows]  # over the children left, as π is
             step = (1 - beams.guide) * step + beams.guide * guide
+        if self.tilt is not None:
+            step = step + self.tilt[children] - self.tilt[trie.parent[children]]
         score = self.score.flatten()[rows] + step
         key = _gumbels(score, self.key.flatten()[rows], rows, n * width, self.generator) if beams.stochastic else score
         counts = torch.bincount(prompt, minlength=n)

@@ -146,7 +146,7 @@ class TitleTrie:
 
         Node a lies on the path to node s, or is s, exactly where enter[a] <= enter[s] < leave[a].
         """
-        size = self._from_below(torch.ones_like(self.parent), "sum")
+        size = self.from_below(torch.ones_like(self.parent), "sum")
         enter = torch.zeros_like(size)
         for level in self._levels[1:]:
             above, before = self.parent[level], size[level].cumsum(0) - size[level]
@@ -171,14 +171,14 @@ class TitleTrie:
     @cached_property
     def forks(self) -> Tensor:
         """(n_nodes,) bool: whether more than one title lies below a node."""
-        return self._from_below((self.node_leaf >= 0).long(), "sum") > 1
+        return self.from_below((self.node_leaf >= 0).long(), "sum") > 1
 
     @cached_property
     def deepest(self) -> Tensor:
         """(n_nodes,) depth of the deepest node below each, itself included: tokens of the longest title through it."""
-        return self._from_below(self.depth, "amax")
+        return self.from_below(self.depth, "amax")
 
-    def _from_below(self, values: Tensor, reduce: str) -> Tensor:
+    def from_below(self, values: Tensor, reduce: str) -> Tensor:
         """(n_nodes,) each node's sum or maximum of the values at it and below."""
         values = values.clone()
         for level in reversed(self._levels[1:]):

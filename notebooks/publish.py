@@ -42,9 +42,9 @@ def filled(page: str) -> str:
     short = [row for row in rows["04_bias_and_diversity"] if row["seen"] == "excluded"]
     short += [row for row in rows["01_preference"] if row["method"] == "Preference"]
     tables = {
-        "results": report.lists_table(short, "seen", "seed", "mgu", "ttr", "gini"),
+        "results": report.lists_table(short, "seen", "mgu", "ttr", "gini"),
         "comparison": report.lists_table(rows["04_bias_and_diversity"]),
-        "next": report.lists_table(rows["07_which_title_next"]),
+        "next": report.lists_table(rows["07_which_title_next"], "mgu", "ttr", "gini"),
         "fit": report.fit_table(rows["05_fit_a_known_distribution"]),
         "speed": report.speed_table(rows["08_bench"]),
         "timings": report.timing_table(store.read_json(FIGURES / "timings.json"), NOTEBOOKS),
@@ -62,7 +62,8 @@ def main() -> None:
     names = parser.parse_args().notebooks or ONE_RUN
     if SPEED in names and not BENCH.exists():
         parser.error(f"{SPEED} shows what this machine has measured: run `make bench` first")
-    folder, quick = RUNS / ("publish" if set(names) <= set(ONE_RUN) else "laptop"), RUNS / "quick"
+    profile, place = ("laptop", "publish") if set(names) <= set(ONE_RUN) else ("study", "study")
+    folder, quick = RUNS / place, RUNS / "quick"
     copies = {BENCH: "08_bench.json"} if SPEED in names else {}
     try:
         if set(NOTEBOOKS) <= set(names):  # from scratch: times are those of a first run
@@ -71,7 +72,7 @@ def main() -> None:
             reproduce("smoke", str(quick), {}, (*NOTEBOOKS, BY_HAND, *STUDIES))
             copies |= {folder / "timings.json": times_file(PROFILES["laptop"]),
                        quick / "timings.json": times_file(PROFILES["smoke"])}
-        reproduce("laptop", str(folder), {}, names)
+        reproduce(profile, str(folder), {}, names)
     except NotebookError as error:
         parser.error(str(error))
     for name in names:

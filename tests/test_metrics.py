@@ -45,13 +45,18 @@ def naive(recommendations, targets, counts, titles, k, n_groups):
     gu = [sum(c for i, c in slots.items() if group.get(i, n_groups - 1) == g) / n_slots
           - sum(counts[i] for i in positive if group[i] == g) / sum(counts) for g in range(n_groups)]
     out["dgu"], out["mgu"] = max(gu) - min(gu), sum(map(abs, gu)) / n_groups
-    out["average_popularity"] = sum(counts[i] * c for i, c in slots.items()) / n_slots
+    chosen = Counter(group.get(int(t), n_groups - 1) for t in targets)
+    gu_next = [sum(c for i, c in slots.items() if group.get(i, n_groups - 1) == g) / n_slots
+               - chosen[g] / len(lists) for g in range(n_groups)]
+    out["top_vs_history"], out["top_vs_next"] = gu[0], gu_next[0]
+    out["mgu_next"] = sum(map(abs, gu_next)) / n_groups
+    out["arp"] = sum(counts[i] * c for i, c in slots.items()) / n_slots
     kept, of_tail = 0, set()
     for i in sorted(range(n), key=lambda i: (counts[i], -i)):
         kept += counts[i]
         if kept <= 0.2 * sum(counts):
             of_tail.add(i)
-    out["tail_share"] = sum(c for i, c in slots.items() if i in of_tail) / n_slots
+    out["aplt"] = sum(c for i, c in slots.items() if i in of_tail) / n_slots
     words = Counter(w for i, c in slots.items() for w in titles[i].split() for _ in range(c))
     total = sum(words.values())
     out["h_bits"] = -sum(c / total * math.log2(c / total) for c in words.values())
@@ -113,7 +118,7 @@ def test_fairness_by_hand():
     np.testing.assert_allclose(gu, [0.3, -0.3])
     assert metrics.dgu(gu) == pytest.approx(0.6) and metrics.mgu(gu) == pytest.approx(0.3)
     assert metrics.dgu(metrics.group_unfairness([20, 20, 30, 10], [2, 2, 3, 1], groups)) == pytest.approx(0)
-    assert metrics.average_popularity([3, 1], [10, 2]) == 8
+    assert metrics.arp([3, 1], [10, 2]) == 8
 
 
 def test_diversity_by_hand():
@@ -152,7 +157,7 @@ def test_popularity_only_is_more_concentrated_than_random(shop):
     targets = np.zeros(120, dtype=int)
     popular, prior, random = (metrics.evaluate(lists, targets, counts, titles, n_bootstrap=0)
                               for lists in (np.tile(np.arange(10), (120, 1)), draw(1.0), draw(0.0)))
-    for name in ("gini", "average_popularity"):
+    for name in ("gini", "arp"):
         assert popular[name] > prior[name] > random[name]
     for name in ("coverage", "distinct", "h_bits", "ttr"):
         assert popular[name] < prior[name] < random[name]
@@ -162,7 +167,7 @@ def test_popularity_only_is_more_concentrated_than_random(shop):
 def test_intervals_shrink_with_users(shop):
     counts, titles, draw = shop
     few, many = (metrics.evaluate(draw(1.0, n), np.arange(n) % 40, counts, titles, n_bootstrap=200) for n in (60, 960))
-    for name in ("hr@10", "ndcg@10", "dgu", "average_popularity", "h_bits", "ttr", "gini"):
+    for name in ("hr@10", "ndcg@10", "dgu", "arp", "h_bits", "ttr", "gini"):
         assert many[f"{name}_hi"] - many[f"{name}_lo"] < 0.6 * (few[f"{name}_hi"] - few[f"{name}_lo"]), name
 
 
@@ -196,8 +201,8 @@ def test_paired_comparison(shop):
     b = a.copy()
     b[:5, 9] = -1  # nearly the same lists: the paired interval is far narrower than one method's own
     alone = metrics.evaluate(a, targets, counts, titles, n_bootstrap=200)
-    _, lo, hi = metrics.compare(a, b, targets, counts, titles, n_bootstrap=200)["average_popularity"]
-    assert hi - lo < 0.3 * (alone["average_popularity_hi"] - alone["average_popularity_lo"])
+    _, lo, hi = metrics.compare(a, b, targets, counts, titles, n_bootstrap=200)["arp"]
+    assert hi - lo < 0.3 * (alone["arp_hi"] - alone["arp_lo"])
 
 
 def test_same_seed_same_interval_and_order_of_users_does_not_matter(shop):
@@ -290,12 +295,77 @@ def test_the_divergence_of_titles_is_the_sum_over_the_nodes():
     assert nodes[0] == pytest.approx(float(first.sum()))
 
 
+def test_the_next_choices_themselves_follow_the_next_choices(shop):
+    counts, titles, draw = shop
+    targets = draw(1.0)[:, 0]
+    oracle = metrics.evaluate(targets[:, None], targets, counts, titles, ks=(1,), n_bootstrap=50)
+    assert oracle["hr@1"] == 1 and oracle["top_vs_next"] == oracle["mgu_next"] == oracle["mgu_next_hi"] == 0
+    assert oracle["dgu"] > 0  # chance alone
+
+
+def test_accuracy_by_the_popularity_of_the_next_title():
+    counts = [9, 8, 3, 2, 0]
+    found = metrics.accuracy_by_group([[0, 1], [2, 3], [0, 4], [4, 1]], [1, 2, 0, 4], counts, k=2, n_groups=2)
+    assert found.group.tolist() == [0, 1, "cold"] and found.n_users.tolist() == [2, 1, 1]
+    assert found.hr.tolist() == [1.0, 1.0, 1.0]
+    none = metrics.accuracy_by_group([[1, 0]], [0], counts, k=1, n_groups=2)
+    assert none.hr.tolist()[0] == 0 and none.hr[1:].isna().all()
+
+
+def test_trainings_are_averaged_and_widen_the_intervals(shop):
+    counts, titles, draw = shop
+    targets, lists = np.arange(120) % 40, [draw(power) for power in (0.8, 1.0, 1.6)]
+    alone = [metrics.evaluate(one, targets, counts, titles, n_bootstrap=300) for one in lists]
+    of_all = metrics.evaluate(lists, targets, counts, titles, n_bootstrap=300)
+    same = metrics.evaluate([lists[1]] * 3, targets, counts, titles, n_bootstrap=300)
+    for name in alone[0]:
+        if not name.endswith(("_lo", "_hi")):
+            assert of_all[name] == pytest.approx(np.mean([one[name] for one in alone]), abs=1e-12)
+            assert same[name] == pytest.approx(alone[1][name], abs=1e-12)
+    for name in ("dgu", "top_vs_history", "arp", "h_bits", "gini"):
+        wide, narrow, one = (x[f"{name}_hi"] - x[f"{name}_lo"] for x in (of_all, same, alone[1]))
+        assert wide > 2 * narrow and narrow == pytest.approx(one, rel=0.2), name  # no spread of trainings adds nothing
+    one, many = metrics.compare(lists[0], lists, targets, counts, titles), metrics.compare(lists, lists[0], targets, counts, titles)
+    np.testing.assert_allclose(one["gini"], np.multiply(many["gini"], -1)[[0, 2, 1]])
+    with pytest.raises(ValueError, match="3 and 2 trainings"):
+        metrics.compare(lists, lists[:2], targets, counts, titles)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    """Over users and over trainings whose taste for the popular varies: 200 worlds of three trainings, 150 users."""
+    rng, n_users, n_leaves = np.random.default_rng(0), 150, 48
+    counts, titles = np.maximum(1, 400 // np.arange(1, n_leaves + 1)), [f"t{i}" for i in range(n_leaves)]
+    own = rng.normal(size=(4000, n_leaves))  # what users like
+
+    def lists(users, power):
+        return np.argsort(-(power * np.log(counts) + own[users] + rng.gumbel(size=(len(users), n_leaves))), 1)[:, :5]
+
+    powers = rng.normal(0.8, 0.15, 400)
+    everybody, targets = np.arange(len(own)), lists(np.arange(len(own)), 0.9)[:, 0]
+    truth = [metrics.evaluate(lists(everybody, p), targets, counts, titles, (5,), n_bootstrap=0) for p in powers]
+    truth = {name: np.mean([one[name] for one in truth]) for name in ("hr@5", "dgu", "top_vs_next", "mgu_next", "arp")}
+    held = dict.fromkeys(truth, 0)
+    for world in range(200):
+        users = rng.integers(len(own), size=n_users)
+        trained = [lists(users, p) for p in rng.normal(0.8, 0.15, 3)]
+        got = metrics.evaluate(trained, targets[users], counts, titles, (5,), n_bootstrap=200, seed=world)
+        for name, value in truth.items():
+            held[name] += got[f"{name}_lo"] <= value <= got[f"{name}_hi"]
+    print(held)
+    assert all(0.85 <= n / 200 <= 1 for n in held.values()), held
+
+
+def test_holm_by_hand():
+    assert metrics.holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
+    assert metrics.holm([0.5, 0.9]).tolist() == [1.0, 1.0]
+
+
 def test_slots_counts_the_first_places_for_all_but_accuracy(shop):
     counts, titles, draw = shop
     lists, targets = draw(1.0), np.arange(120) % 40
     both = metrics.evaluate(lists, targets, counts, titles, ks=(3, 10), slots=3, n_bootstrap=50)
     short, long = (metrics.evaluate(lists[:, :k], targets, counts, titles, ks=(3,), n_bootstrap=50) for k in (3, 10))
-    for name in ("dgu", "dgu_lo", "tail_share", "h_bits", "h_bits_hi", "distinct", "hr@3", "ndcg@3_hi"):
+    for name in ("dgu", "dgu_lo", "aplt", "h_bits", "h_bits_hi", "distinct", "hr@3", "ndcg@3_hi"):
         assert both[name] == short[name]
     assert both["hr@10"] == metrics.evaluate(lists, targets, counts, titles, n_bootstrap=0)["hr@10"]
     assert long["dgu"] != short["dgu"]
@@ -303,8 +373,8 @@ def test_slots_counts_the_first_places_for_all_but_accuracy(shop):
 
 def test_the_tail_holds_its_share_of_the_interactions():
     assert metrics.tail([50, 30, 10, 6, 4]).tolist() == [False, False, True, True, True]
-    assert metrics.tail_share([0, 0, 1, 0, 3], [50, 30, 10, 6, 4]) == 1
-    assert metrics.tail_share([1, 1, 1, 1, 0], [97, 1, 1, 1, 0]) == 0.75
+    assert metrics.aplt([0, 0, 1, 0, 3], [50, 30, 10, 6, 4]) == 1
+    assert metrics.aplt([1, 1, 1, 1, 0], [97, 1, 1, 1, 0]) == 0.75
 
 
 def test_a_row_for_every_filled_slot():

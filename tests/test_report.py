@@ -9,7 +9,7 @@ import pytest
 from flowerlib.lab import report, reproduce, runs, store
 
 METRICS = {"mgu": 0.05, "h_bits": 7.123, "ttr": 0.1, "distinct": 20.0, "gini": 0.9, "ndcg@1": 0.1}
-LISTS = {"method": "SFT", "decoding": "beam_normalised", "seen": "excluded", "seed": 0} | METRICS
+LISTS = {"method": "SFT", "decoding": "beam_normalised", "seen": "excluded", "trainings": 2} | METRICS
 for name in ("hr@10", "ndcg@10", "dgu"):
     LISTS |= {name: 0.2, f"{name}_lo": 0.1, f"{name}_hi": 0.3}
 
@@ -34,14 +34,17 @@ def test_a_table_of_lists_by_hand():
     better = {"ndcg@10": 0.25, "method": "Flower-KL", "alpha": -0.5, "theta": 0.1}
     rows = [LISTS | {"seen": "allowed", "decoding": "top"}, LISTS, LISTS | better,
             LISTS | {"decoding": "beam", "part": "test"}, LISTS | {"part": "test, some users"}]
+    oracle = {key: value for key, value in LISTS.items() if "@10" not in key} | {"method": "Next choices"}
     head, *lines = cells(report.lists_table(rows, "ttr"))
-    assert head == ["method", "decoding", "seen titles", "seed", "NDCG@10", "HR@10", "DGU", "MGU", "H (bits)",
+    assert head == ["method", "decoding", "seen titles", "trainings", "NDCG@10", "HR@10", "DGU", "MGU", "H (bits)",
                     "distinct titles", "Gini"]
     text = "0.200 [0.100, 0.300]"
-    assert lines[0] == ["SFT", "beam", "excluded", "0", text, text, text, "0.050", "7.12", "20", "0.900"]
+    assert lines[0] == ["SFT", "beam", "excluded", "2", text, text, text, "0.050", "7.12", "20", "0.900"]
     assert [line[:4] for line in lines[1:]] == [
-        ["Flower-KL (α = -0.5, θ = 0.1)", "beam, length-normalised", "excluded", "0"],
-        ["SFT", "beam, length-normalised", "excluded", "0"], ["SFT", "top", "allowed", "0"]]
+        ["Flower-KL (α = -0.5, θ = 0.1)", "beam, length-normalised", "excluded", "2"],
+        ["SFT", "beam, length-normalised", "excluded", "2"], ["SFT", "top", "allowed", "2"]]
+    assert cells(report.lists_table([LISTS, oracle | {"top_vs_next": 0.0}]))[1][:5] == [
+        "Next choices", "beam, length-normalised", "excluded", "2", ""]
     assert rows[0]["decoding"] == "top" and rows[2]["method"] == "Flower-KL"  # the rows are as they were
 
 

@@ -302,7 +302,7 @@ def test_misspelt_parameters_and_profiles_are_errors(dry, tmp_path):
     for name, only in of_another_one:
         with pytest.raises(ValueError, match=f"no notebook has a parameter '{name}'"):
             dry({name: 3}, only)
-    with pytest.raises(ValueError, match="choose one of smoke, laptop, paper"):
+    with pytest.raises(ValueError, match="choose one of smoke, laptop, study, paper"):
         reproduce.reproduce("smok", str(tmp_path / "none"), {})
     assert dry.given == [] and not (tmp_path / "dry").exists() and not (tmp_path / "none").exists()
     command = [sys.executable, "-m", "flowerlib.lab.reproduce", "-p", "epoch=2"]

@@ -16,7 +16,7 @@ NUMBERED = (*reproduce.NOTEBOOKS, reproduce.FIT, reproduce.COMPARISON)  # those 
 def test_settings_take_overrides_and_refuse_nonsense():
     assert settings("smoke", epochs=2, alpha=None).epochs == 2.0
     assert type(settings("smoke", epochs=2).epochs) is float  # as it is kept: 2 and 2.0 are one setting
-    with pytest.raises(ValueError, match="unknown profile 'x': choose one of smoke, laptop, paper"):
+    with pytest.raises(ValueError, match="unknown profile 'x': choose one of smoke, laptop, study, paper"):
         settings("x")
     for name in ("epoch", "method", "replace", "__class__"):  # attributes are no settings
         with pytest.raises(ValueError, match=f"unknown setting '{name}': the settings are seed, .*epochs"):
@@ -29,7 +29,7 @@ def test_settings_take_overrides_and_refuse_nonsense():
 
 
 def test_every_profile_is_named_by_itself_and_has_values_for_notebook_05():
-    assert list(PROFILES) == ["smoke", "laptop", "paper"] and FIT.keys() == PROFILES.keys()
+    assert list(PROFILES) == ["smoke", "laptop", "study", "paper"] and FIT.keys() == PROFILES.keys()
     for name in PROFILES:
         assert settings(name) == PROFILES[name] and settings(name).profile == name
         fit = settings(name, fit=True)

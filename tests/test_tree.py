@@ -364,6 +364,25 @@ def test_a_guide_mixes_the_policy_with_the_preference(world):
         beam_search(model, catalogue, [[0]], [search])
 
 
+@pytest.mark.parametrize("alpha", [-1.5, -0.25, 2.0])
+@torch.no_grad()
+def test_alpha_adds_the_popularity_of_the_whole_title(world, alpha):
+    model, catalogue = world
+    trie, counts = catalogue.trie, torch.tensor([40, 0, 3, 900, 7, 1, 60, 12])[: catalogue.trie.n_items]
+    by_leaf = torch.zeros(len(trie.leaves)).index_add(0, trie.item_leaf, counts.float()).numpy()
+    expected = log_leaf_probs(model, catalogue, [0], renormalised=False) + alpha * np.log(by_leaf + 1)
+    for n in (len(by_leaf), len(by_leaf) - 1):  # the last one is pruned by its bound alone
+        search = Beams(n, alpha=alpha, seen_allowed=True)
+        [(leaves, scores)] = beam_search(model, catalogue, [[0]], [search], item_counts=counts)
+        np.testing.assert_allclose(scores[0], np.sort(expected)[::-1][:n], atol=1e-4)
+        np.testing.assert_allclose(scores[0], expected[leaves[0]], atol=1e-4)
+    with pytest.raises(ValueError, match="needs item_counts"):
+        beam_search(model, catalogue, [[0]], [search])
+    for other in ({"stochastic": True}, {"length_normalised": True, "alpha": 0.5}):
+        with pytest.raises(ValueError, match="goes with neither"):
+            Beams(3, **({"alpha": -0.5} | other))
+
+
 def log_left(trie, edges, out):
     """{leaf: Σ of the edges' log-probabilities} of the titles that are not in `out`, siblings renormalised over those
     left at every step: one title and one step at a time."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .. import data, metrics, rewards
@@ -135,7 +136,8 @@ class Comparison:
         return self._backbone(self.settings).catalogue
 
     def _inputs(self, contender: Contender) -> dict[str, Any]:
-        return inputs(self._catalogue, self._tables(contender), contender.settings, self.preference)
+        given = inputs(self._catalogue, self.tables, contender.settings, self.preference)  # weights by all rows
+        return given | {"tables": self._tables(contender)}
 
     def origin(self, contender: Contender) -> dict[str, Any]:
         """What the contender's training depends on, as `training.finetune` knows it by."""
@@ -179,43 +181,48 @@ class Comparison:
         common = {"model": model, "users": store.digest(users.histories, users.seen), "draw": draw}
         guide = store.digest(*self.preference.parameters())
         batch = self.settings.decode_batch  # of the stochastic searches: their draws depend on it
+        counts = torch.from_numpy(self.item_counts)
         origins = {name: common | {"search": asdict(search), "preference": guide if search.guide else None,
+                                   "counts": store.digest(counts) if search.alpha else None,
                                    "decode_batch": batch if search.stochastic else None}
                    for name, search in searches.items()}
 
         def make(lm: PreTrainedModel, catalogue: Catalogue, missing: list[str]) -> list[dict[str, Any]]:
             left, seed = [searches[name] for name in missing], contender.settings.seed + draw
             results = beam_search(lm, catalogue, users.histories, left, users.seen, self.settings.decode_batch,
-                                  contender.method, users.log_p, seed)
+                                  contender.method, users.log_p, seed, counts)
             return [{"lists": leaves.tolist()} for leaves, _ in results]
 
         records = self._records(contender, "lists", "lists", origins, make)
         return {name: np.array(record["lists"]) for name, record in records.items()}
 
-    def mean_share(self, contender: Contender, n_users: int) -> NDArray[np.float64]:
-        """(L,) exact probability of each title, averaged over test users; seen titles may be drawn again. No sampling:
-        the whole tree goes through the model once a user."""
+    def log_shares(self, contender: Contender, n_users: int) -> NDArray[np.float64]:
+        """(U, L) exact log π of each title, over the whole vocabulary, for test users, nats: the score by which plain
+        beams rank. No sampling: the whole tree goes through the model once a user."""
         histories = self.users["test"].sample(n_users, self.settings.seed).histories
 
         def make(lm: PreTrainedModel, catalogue: Catalogue, missing: list[str]) -> list[dict[str, Any]]:
-            total = torch.zeros(len(self.titles), dtype=torch.float64)
-            for history in histories:
+            log_shares = []
+            for history in tqdm(histories, desc=f"{contender.method}, whole tree", unit="user"):
                 tree = PackedTree(lm, catalogue.trie, catalogue.context(history), nodes_at_a_time=2048)
-                total += tree.trie.log_leaf_probs(tree.trie.renormalised(tree.log_probs())).exp().cpu().double()
-            return [{"share": (total / len(histories)).tolist()}]
+                log_shares.append(tree.trie.log_leaf_probs(tree.log_probs()).numpy(force=True))
+            return [{"log_shares": np.round(log_shares, 4).tolist()}]
 
-        origin = {"model": self.origin(contender), "exact": store.digest(histories)}
-        return np.array(self._records(contender, "exact", "share", {"": origin}, make)[""]["share"])
+        origin = {"model": self.origin(contender), "log_shares": store.digest(histories)}
+        return np.array(self._records(contender, "exact", "log_shares", {"": origin}, make)[""]["log_shares"])
 
     def row(self, method: str, lists: Lists, part: str, users: Users, n_bootstrap: int = 1000,
             **labels: Any) -> dict[str, Any]:
-        """A line of the results: labels, and every metric of these lists with its interval."""
-        ks = [k for k in (1, 3, 5, 10, 20) if k <= lists.shape[1]]
+        """A line of the results: labels, and every metric of these lists, of one training or of several, with its
+        interval."""
+        ks = [k for k in (1, 3, 5, 10, 20) if k <= lists.shape[-1]]
         values = metrics.evaluate(lists, users.targets, self.counts, self.titles, ks, n_bootstrap, self.settings.seed)
-        return {"method": method, **labels, "part": part, "n_users": len(users)} | values
+        of = {"part": part, "n_users": len(users), "trainings": len(lists) if lists.ndim == 3 else 1}
+        return {"method": method, **labels} | of | values
 
 
 def select(rows: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], accuracy: str) -> Mapping[str, Any]:
-    """The lowest DGU among the rows at least as accurate as the reference; without any, the most accurate."""
+    """Of the rows at least as accurate as the reference, the one whose popularity groups are closest to the next
+    choices' (lowest mgu_next); without any, the most accurate."""
     able = [row for row in rows if row[accuracy] >= reference[accuracy]]
-    return min(able, key=lambda row: row["dgu"]) if able else max(rows, key=lambda row: row[accuracy])
+    return min(able, key=lambda row: row["mgu_next"]) if able else max(rows, key=lambda row: row[accuracy])

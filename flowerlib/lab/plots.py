@@ -36,8 +36,11 @@ LEAST_KL = 1e-6  # where the axes of the fits end
 METRIC_LABELS = {
     "dgu": "DGU (share of slots; 0 = as in the history)",
     "mgu": "MGU (share of slots; 0 = as in the history)",
-    "average_popularity": "mean popularity (interactions per slot's title)",
-    "tail_share": "slots of the tail (share; 0.2 = as in the history)",
+    "mgu_next": "MGU against the next choices (share of slots)",
+    "top_vs_history": "top group: share of slots minus share of the history",
+    "top_vs_next": "top group: share of slots minus share of the next choices",
+    "arp": "ARP (interactions per slot's title)",
+    "aplt": "APLT (tail's share of slots; 0.2 = as in the history)",
     "h_bits": "H (bits per word)",
     "ttr": "TTR (distinct words per word)",
     "distinct": "distinct titles recommended",
@@ -262,8 +265,8 @@ def node_choice(
     return _dressed(axes, title, rows=names, xlim=(0, 1), xlabel=xlabel)
 
 
-def frontier(axes: Axes, rows: Rows, accuracy: str, title: str = "") -> Axes:
-    """Accuracy against DGU: rows hold both, method, decoding, and the settings in which a method's points differ
+def frontier(axes: Axes, rows: Rows, accuracy: str, unfairness: str = "dgu", title: str = "") -> Axes:
+    """Accuracy against unfairness: rows hold both, method, decoding, and the settings in which a method's points differ
     (alpha, theta, guide), which are written beside filled marks. Hollow marks are length-normalised beams; a line joins
     the points of a method that differ in one setting alone."""
     symbols, mark = {"alpha": "α", "theta": "θ", "guide": "w"}, {"markersize": 9, "markeredgewidth": 2}
@@ -272,33 +275,37 @@ def frontier(axes: Axes, rows: Rows, accuracy: str, title: str = "") -> Axes:
             own = [row for row in rows if row["method"] == name and (row["decoding"] == "beam_normalised") == hollow]
             varying = [key for key in symbols if any(key in row for row in own)]
             own.sort(key=lambda row: [row.get(key, 0) for key in varying])
-            axes.plot([row["dgu"] for row in own], [row[accuracy] for row in own], color=(colour, 0.6),
+            axes.plot([row[unfairness] for row in own], [row[accuracy] for row in own], color=(colour, 0.6),
                       linestyle=line if len(varying) == 1 else "", marker=marker, markeredgecolor=colour,
                       markerfacecolor="white" if hollow else colour, label=None if hollow else name, **mark)
             for row in own if varying and not hollow else ():
                 offset, side = (9, "bottom") if len(varying) == 1 else (-9, "top")
-                axes.annotate(", ".join(f"{symbols[key]} {row[key]:g}" for key in varying), (row["dgu"], row[accuracy]),
-                              xytext=(0, offset), textcoords="offset points", ha="center", va=side, fontsize=11)
+                text = ", ".join(f"{symbols[key]} {row[key]:g}" for key in varying)
+                axes.annotate(text, (row[unfairness], row[accuracy]), xytext=(0, offset),
+                              textcoords="offset points", ha="center", va=side, fontsize=11)
     if any(row["decoding"] == "beam_normalised" for row in rows):
         axes.plot([], [], "o", color="0.4", markerfacecolor="white", label="hollow: length-normalised", **mark)
     axes.margins(y=0.12)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    best, fairest = max(rows, key=lambda row: row[accuracy]), min(rows, key=lambda row: row["dgu"])
-    head = (f"Most accurate: {best['method']} ({accuracy.upper()}\xa0{best[accuracy]:.3f}, DGU\xa0{best['dgu']:.2f}); "
-            f"fairest: {fairest['method']} ({fairest[accuracy]:.3f}, {fairest['dgu']:.2f})")
-    return _dressed(axes, title or head, xlabel=METRIC_LABELS["dgu"], ylabel=accuracy.upper(), xlim=(0, None))
+    best, fairest = max(rows, key=lambda row: row[accuracy]), min(rows, key=lambda row: row[unfairness])
+    size = METRIC_LABELS[unfairness].split()[0]
+    head = (f"Most accurate: {best['method']} ({accuracy.upper()}\xa0{best[accuracy]:.3f}, {size}\xa0"
+            f"{best[unfairness]:.2f}); fairest: {fairest['method']} ({fairest[accuracy]:.3f}, {fairest[unfairness]:.2f})")
+    return _dressed(axes, title or head, xlabel=METRIC_LABELS[unfairness], ylabel=accuracy.upper(), xlim=(0, None))
 
 
 def metric_intervals(axes: Axes, rows: Rows, metric: str, title: str = "") -> Axes:
     """One metric as point and 95% interval, one line a row: rows hold `metric`, `<metric>_lo`, `<metric>_hi`, method,
-    and decoding and seen where they differ between the rows. Intervals are over test users."""
+    and decoding and seen where they differ between the rows. Intervals are those of the rows: over
+    users, and over trainings where a row holds several."""
     varying = [key for key in ("method", "decoding", "seen") if len({row.get(key) for row in rows}) > 1] or ["method"]
     names = [", ".join("seen " * (key == "seen") + row.get(key, "") for key in varying) for row in rows]
     names = [name.replace("_", " ").replace(", seen", ",\nseen") for name in names]
-    style, values = styles(row["method"] for row in rows), [row[metric] for row in rows]
+    families = [row["method"].split(", α")[0] for row in rows]
+    style, values = styles(families), [row[metric] for row in rows]
     decodings = list(dict.fromkeys(row.get("decoding") for row in rows))
     for i, (row, value) in enumerate(zip(rows, values)):
-        colour, _, marker, _ = style[row["method"]]
+        colour, _, marker, _ = style[families[i]]
         hollow = decodings.index(row.get("decoding")) % 2 == 1
         spread = [[value - row.get(f"{metric}_lo", value)], [row.get(f"{metric}_hi", value) - value]]
         axes.errorbar(value, i, xerr=spread, color=colour, fmt=marker, markerfacecolor="white" if hollow else colour,
@@ -306,8 +313,20 @@ def metric_intervals(axes: Axes, rows: Rows, metric: str, title: str = "") -> Ax
     label = METRIC_LABELS.get(metric, metric.upper())
     low, high = (f"{values[i]:.3g} ({names[i]})" for i in (np.argmin(values), np.argmax(values)))
     head = f"{label.split(' (')[0]} from {low} to {high}".replace("\n", " ")
-    return _dressed(axes, title or head, rows=names, xlabel=f"{label},\n95% interval over users",
+    return _dressed(axes, title or head, rows=names, xlabel=f"{label},\n95% interval",
                     ylabel=", ".join(varying))
+
+
+def bias_steps(axes: Axes, rows: Rows, title: str = "") -> Axes:
+    """What each step of a decoder adds to a model's popularity bias: rows hold model, step, and top_vs_next, the most
+    popular group's share of the slots minus its share of the next choices; one line of points a model."""
+    steps = list(dict.fromkeys(row["step"] for row in rows))
+    for name, (colour, line, marker, _) in styles(row["model"] for row in rows).items():
+        own = [(row["top_vs_next"], steps.index(row["step"])) for row in rows if row["model"] == name]
+        axes.plot(*zip(*own), color=colour, linestyle=line, marker=marker, markersize=9, label=name)
+    axes.axvline(0, color=STYLES[0][0], linewidth=1)
+    axes.legend()
+    return _dressed(axes, title, rows=steps, xlabel="most popular eighth: share of slots − share of next choices")
 
 
 def ratios(axes: Axes, rows: Rows, title: str = "") -> Axes:

@@ -16,12 +16,14 @@ from PIL import Image
 from . import runs, store
 
 HEADS = {  # entry of a row → head of its column, where they differ
-    "seen": "seen titles", "mgu": "MGU", "h_bits": "H (bits)", "ttr": "TTR", "distinct": "distinct titles",
+    "seen": "seen titles", "mgu": "MGU", "top_vs_history": "top group − history", "top_vs_next": "top group − next",
+    "h_bits": "H (bits)", "ttr": "TTR", "distinct": "distinct titles",
     "gini": "Gini", "n_titles": "titles", "kl_target_model": "KL(target‖model), nats", "js": "JS",
     "kl_model_target": "KL(model‖target)", "catalogue_mass": "mass on the catalogue", "name": "ours / the other way",
     "peak_mb_so_far": "peak memory so far, MB", "matmul_1024_seconds": "1024 × 1024 matrix product then, seconds",
 }
-SETTINGS = {"reward": "reward {}", "alpha": "α = {:g}", "theta": "θ = {:g}", "guide": "weight {:g}"}
+SETTINGS = {"reward": "reward {}", "alpha": "α = {:g}", "theta": "θ = {:g}", "decoding_alpha": "α = {:g}",
+            "guide": "weight {:g}"}
 FORMULA = re.compile(r"(```.+?```|`[^`\n]+`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$]+?)(?<![\s\\])\$(?![\w$])", re.S)
 SPECIAL = re.compile(r"[][<>&\"`$|\\*~#\n\r]|(?<![^\W_])_|_(?![^\W_])|:(?=/)")  # to HTML, Markdown or MathML
 PAGE = """{% extends 'lab/index.html.j2' %}
@@ -58,17 +60,18 @@ def plain(text: str) -> str:
 def lists_table(rows: Sequence[Mapping[str, Any]], *without: str) -> str:
     """Lists of all test users as Markdown, with 95% intervals, most accurate first; without: entries to leave out."""
     table = [dict(row) for row in rows if row.get("part", "test") == "test"]
-    k = max(int(match[1]) for name in table[0] if (match := re.fullmatch(r"ndcg@(\d+)", name)))
-    table.sort(key=lambda row: (row["seen"] == "allowed", "normalised" in row["decoding"], -row[f"ndcg@{k}"]))
+    k = max(int(match[1]) for row in table for name in row if (match := re.fullmatch(r"ndcg@(\d+)", name)))
+    table.sort(key=lambda row: (row["seen"] == "allowed", "normalised" in row["decoding"], -row.get(f"ndcg@{k}", 2)))
     for row in table:
         settings = [text.format(row[key]) for key, text in SETTINGS.items() if key in row]
         row["method"] += f" ({', '.join(settings)})" if settings else ""
         row["decoding"] = row["decoding"].replace("_", ", length-")
         row |= {name: plain(row[name]) for name in ("method", "decoding", "seen")}
-        for name in (f"ndcg@{k}", f"hr@{k}", "dgu"):
+        for name in [name for name in (f"ndcg@{k}", f"hr@{k}", "dgu") if name in row]:
             row[name.upper()] = "{} [{}, {}]".format(*(_text(row[name + end]) for end in ("", "_lo", "_hi")))
-    names = f"method decoding seen seed NDCG@{k} HR@{k} DGU mgu h_bits ttr distinct gini".split()
-    return markdown(table, [name for name in names if name not in without])
+    names = f"method decoding seen trainings NDCG@{k} HR@{k} DGU top_vs_history top_vs_next mgu h_bits ttr distinct"
+    held = {name for row in table for name in row} - {*without}
+    return markdown(table, [name for name in [*names.split(), "gini"] if name in held])
 
 
 def fit_table(rows: Sequence[Mapping[str, Any]]) -> str:

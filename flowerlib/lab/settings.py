@@ -59,6 +59,8 @@ class Settings(TrainSettings):
     n_draws: int = 2000  # titles drawn from the models of the first seed on the small catalogue (0: none)
     # comparison (notebook 07)
     sweep: tuple[tuple[float, float], ...] = ((0, 0.5), (-0.5, 0.5), (-0.5, 0.1), (-1, 0.5))  # Flower-KL's alpha, theta
+    alphas: tuple[float, ...] = (0.0, -0.1, -0.25, -0.5)  # of the count while decoding, tried on validation users
+    design: bool = False  # loss, reward, weight and counts one at a time, on validation users
     flower_rewards: tuple[str, ...] = setting(("none", "div", "add"), choices=("none", "div", "add"))  # the paper's
     guides: tuple[float, ...] = (0.3, 0.5, 0.7)  # weights of D3's preference, tried on validation users
     temperature: float = setting(1.5, low=1e-9)  # of the baseline "Temperature" (the paper's)
@@ -82,10 +84,14 @@ class Settings(TrainSettings):
 PROFILES: dict[str, Settings] = {
     "smoke": Settings(
         profile="smoke", max_items=80, max_users=60, max_history=8, preference_size=16, model="tiny", frozen_layers=1,
-        tuned_layers=1, bfloat16=False, learning_rate=3e-3, batch_size=8, epochs=6.0, evaluations=2, n_seeds=1,
-        sweep=((-0.25, 0.5), (-1.0, 0.2)), valid_users=20, decoding_users=20, exact_users=4,
+        tuned_layers=1, bfloat16=False, learning_rate=3e-3, batch_size=8, epochs=6.0, evaluations=2, n_seeds=2,
+        sweep=((-0.25, 0.5), (-1.0, 0.2)), design=True, valid_users=20, decoding_users=20, exact_users=4,
     ),
     "laptop": Settings(),
+    "study": Settings(
+        profile="study", epochs=3.0, evaluations=6, n_seeds=5, sweep=((0, 0.1), (-0.25, 0.1), (-0.5, 0.1)), design=True,
+        valid_users=0, decoding_users=0, exact_users=100,
+    ),
     "paper": Settings(
         profile="paper", dataset="video_games", data_path="data/video_games", category="video game", split="time",
         max_history=10, model="Qwen/Qwen2.5-1.5B", frozen_layers=0, tuned_layers=0, cut_vocabulary=False,
@@ -97,10 +103,12 @@ PROFILES: dict[str, Settings] = {
 WHOLE_VOCABULARY = {"tuned_layers": 0, "cut_vocabulary": False}
 FIT: dict[str, dict[str, Any]] = {  # where notebook 05 differs from its profile: one prompt, no user, no history
     "smoke": WHOLE_VOCABULARY | dict(
-        target_alpha=4.0, n_titles=12, min_count=250, methods=FIT_LOSSES + PREFERENCE_LOSSES, fit_paths=FIT_PATHS,
+        n_seeds=1, target_alpha=4.0, n_titles=12, min_count=250, methods=FIT_LOSSES + PREFERENCE_LOSSES,
+        fit_paths=FIT_PATHS,
         budget=6_000, longer=0, large_budget=10_000, large_titles=32, preference_learning_rate=3e-3,
     ),
-    "laptop": WHOLE_VOCABULARY | dict(n_seeds=3, frozen_layers=26, learning_rate=1e-3),
+    "laptop": (alone := WHOLE_VOCABULARY | dict(n_seeds=3, frozen_layers=26, learning_rate=1e-3)),
+    "study": alone,
     "paper": WHOLE_VOCABULARY | dict(
         n_seeds=3, min_count=1, budget=320_000, large_budget=3_000_000,
         learning_rate=1e-5, preference_learning_rate=1e-6,
