@@ -11,8 +11,6 @@ and, where known, user_id and timestamp (seconds) |
 Several item ids may have one title: they share a leaf, see `item_leaves`.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import re
@@ -79,9 +77,7 @@ class Tables:
 
 def clean_title(title: str) -> str:
     """The title in Unicode NFC, HTML entities resolved, tags removed, white space and control characters one space.
-
-    Other characters stay as they are, in any script. Cleaning a clean title changes nothing.
-    """
+    Other characters stay as they are, in any script. Cleaning a clean title changes nothing."""
     while True:
         new = unicodedata.normalize("NFC", _ENTITY.sub(lambda m: html.unescape(m[0]), title))
         new = _SPACE.sub(" ", _TAG.sub(" ", new)).strip()
@@ -105,13 +101,11 @@ def split_interactions(items: pd.DataFrame, interactions: pd.DataFrame, how: str
 
     A user's interactions are sorted by time, in the file's order where times are equal (MovieLens stamps rating
     sessions: half of its steps are ties). The history is the last `max_history` item ids before the target. Rows
-    are ordered by user, in order of appearance, then by time.
+    are ordered by user, in order of appearance, then by time. Raises ValueError: unknown `how`, max_history below 1.
 
     how="leave-one-out": a user's last interaction is test, the last but one validation, the rest training; users
     with fewer than three interactions are training only. how="time": the rows sorted by time over all users, the
     first 8/10 training, 1/10 validation, 1/10 test (the paper's split).
-
-    Raises ValueError: unknown `how`, or max_history below 1.
     """
     if how not in SPLITS:
         raise ValueError(f"unknown split {how!r}: choose one of {', '.join(SPLITS)}")
@@ -166,9 +160,7 @@ def row_positions(tables: Tables, rows: pd.DataFrame) -> tuple[list[list[int]], 
 
 def seen_positions(tables: Tables, part: str) -> list[list[int]]:
     """For each row of a part, the positions in `tables.items` of its user's items before the target, oldest first.
-
-    Where the rows name their user, these are more than the history, which holds the last max_history items only.
-    """
+    Where the rows name their user, these are more than the history, which holds the last max_history items only."""
     before: dict[Any, dict[int, None]] = {}  # each user's items so far, in order
     for name in PARTS[: PARTS.index(part) + 1]:
         rows, result = getattr(tables, name), []
@@ -197,8 +189,7 @@ def sequences(train: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     waiting: dict[tuple[int, bytes], list[bytearray]] = {}  # (user, end of a sequence) -> the sequences that end so
     for k, user in enumerate(users):
         history = past[bounds[k] : bounds[k + 1]]
-        ending = waiting.get((user, history))
-        if ending:
+        if ending := waiting.get((user, history)):
             sequence = ending.pop(0)
             if not ending:
                 del waiting[user, history]
@@ -212,11 +203,9 @@ def sequences(train: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 
 def item_leaves(titles: Sequence[str] | pd.Series) -> np.ndarray:
-    """(n_items,) leaf id of each item, from the items' titles.
-
-    Equal titles share a leaf; leaves are numbered in the order in which their titles first appear: `Heat, Fargo, Heat`
-    are 0, 1, 0. The title tree numbers them so too: a catalogue refuses a tokenizer that reads two titles alike.
-    """
+    """(n_items,) leaf id of each item, from the items' titles. Equal titles share a leaf; leaves are numbered in the
+    order in which their titles first appear: `Heat, Fargo, Heat` are 0, 1, 0. The title tree numbers them so too: a
+    catalogue refuses a tokenizer that reads two titles alike."""
     return pd.factorize(pd.Series(titles, dtype=str))[0]
 
 
@@ -225,9 +214,7 @@ def item_counts(tables: Tables, how: str = "true") -> np.ndarray:
 
     how="true": each training interaction counts once, targets included. how="windowed": each appearance in the training
     rows' histories counts, so that early interactions count up to max_history times and a last target not at all.
-
-    Deviation: the official code counts "windowed"; our default is "true". Raises ValueError: unknown `how`.
-    """
+    Deviation: the official code counts "windowed"; our default is "true". Raises ValueError: unknown `how`."""
     if how not in ("true", "windowed"):
         raise ValueError(f"unknown counts {how!r}: choose true or windowed")
     flat, _ = sequences(tables.train) if how == "true" else histories(tables.train)

@@ -53,19 +53,15 @@ class Catalogue:
     @classmethod
     def build(cls, tokenizer: PreTrainedTokenizerFast, titles: Sequence[str], category: str,
               rows: str = "sequence") -> Catalogue:
-        """Encodes titles and prompt.
-
-        Deviation: title and terminator are encoded apart and joined, here and everywhere. The official code encodes
-        them together for the target but apart for the tree; the two disagree where the tokenizer merges them.
-
-        Args:
-            category: what the prompt calls an item ("movie").
-            rows: "sequence" (a list of titles that simply goes on) or "target" (an instruction, one title as answer).
+        """Encodes titles and prompt. category: what the prompt calls an item ("movie"). rows: "sequence" (a list of
+        titles that simply goes on) or "target" (an instruction, one title as answer).
 
         The terminator is the newline's token (without a blank that SentencePiece puts before it), else the end of text.
         Raises ValueError where the tokenizer has neither, a title encodes to nothing or holds the terminator, or two
         different titles have the same tokens.
-        """
+
+        Deviation: title and terminator are encoded apart and joined, here and everywhere. The official code encodes
+        them together for the target but apart for the tree; the two disagree where the tokenizer merges them."""
         texts = [*titles, "\n", *prompt_texts(category, rows)]
         *encoded, newline, header, separator, footer = tokenizer(texts, add_special_tokens=False).input_ids
         end = newline[-1] if tokenizer.decode(newline[-1:]) == "\n" else tokenizer.eos_token_id
@@ -107,9 +103,8 @@ def prompt_texts(category: str, rows: str) -> tuple[str, str, str]:
     if rows == "sequence":
         return f"Titles that one person chose, one {category} after the other:\n", "\n", ""
     if rows == "target":
-        header = (f"### Instruction:\nRecommend the {category} that this user will like next.\n\n"
-                  f"### Input:\nThe user has enjoyed the following {category} titles: ")
-        return header, ", ", "\n\n### Response:\n"
+        return (f"### Instruction:\nRecommend the {category} that this user will like next.\n\n"
+                f"### Input:\nThe user has enjoyed the following {category} titles: "), ", ", "\n\n### Response:\n"
     raise ValueError(f"rows is {rows!r}: choose sequence or target")
 
 
@@ -121,9 +116,8 @@ class Backbone(NamedTuple):
     catalogue: Catalogue
 
 
-def open_backbone(
-    settings: TrainSettings, titles: Sequence[str], path: str | Path | None = None, prompt: str | None = None
-) -> Backbone:
+def open_backbone(settings: TrainSettings, titles: Sequence[str], path: str | Path | None = None,
+                  prompt: str | None = None) -> Backbone:
     """Model, tokenizer and catalogue of a run, before training, cut as the settings ask.
 
     Args:
@@ -131,9 +125,8 @@ def open_backbone(
         path: folder or hub id in the place of settings.model; "tiny" is `tiny_model`.
         prompt: what stands before a title where there is no history; None takes the prompt of category and rows.
 
-    Raises:
-        OSError: the model is neither a folder nor a known hub id, or cannot be fetched (transformers' own message).
-        ValueError: more layers asked for than there are; or as `Catalogue.build`.
+    Raises OSError where the model is neither a folder nor a known hub id, or cannot be fetched (transformers' own
+    message); ValueError where more layers are asked for than there are, or as `Catalogue.build`.
     """
     path = settings.model if path is None else path
     texts = [*titles, *(prompt_texts(settings.category, settings.rows) if prompt is None else [prompt])]
@@ -217,8 +210,8 @@ def tiny_model(texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTra
 
 def keep_layers(model: PreTrainedModel, n_lower: int, n_upper: int) -> None:
     """Keeps the lowest `n_lower` and the topmost `n_upper` decoder layers of the model, in place."""
-    base, n = _decoder(model), len(_decoder(model).layers)
-    if n_lower + n_upper > n:
+    base = _decoder(model)
+    if n_lower + n_upper > (n := len(base.layers)):
         raise ValueError(f"the model has {n} layers, not frozen_layers + tuned_layers = {n_lower + n_upper}")
     places = [*range(n_lower), *range(n - n_upper, n)]
     base.layers = nn.ModuleList(base.layers[i] for i in places)
@@ -231,10 +224,8 @@ def keep_layers(model: PreTrainedModel, n_lower: int, n_upper: int) -> None:
 def cut_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
                    texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """Cuts the model, in place, to the tokens that `texts` need, and returns the tokenizer that goes with it.
-
     A softmax over a few thousand tokens costs a fraction of one over 49,152. Every text of `texts` keeps its tokens
-    (checked); any other text is still encoded, from the byte tokens up. Tokenizers other than BPE are left whole.
-    """
+    (checked); any other text is still encoded, from the byte tokens up. Tokenizers other than BPE are left whole."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     if spec["model"]["type"] != "BPE":
         return tokenizer
@@ -245,12 +236,8 @@ def cut_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
     needed = {names[i] for ids in before for i in ids} | alone
     special = {name: getattr(tokenizer, name) for name in ("eos_token", "pad_token", "bos_token", "unk_token")}
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in spec["model"]["merges"]]
-    n_before = -1
-    while n_before != len(needed):  # every merge on the way to a needed token stays
-        n_before = len(needed)
-        for left, right in reversed(merges):
-            if left + right in needed:
-                needed |= {left, right}
+    while on_the_way := {part for pair in merges if "".join(pair) in needed for part in pair} - needed:
+        needed |= on_the_way  # every merge on the way to a needed token stays
     old_ids = sorted(i for i, name in names.items() if name in needed or name in special.values())
     new_id = {names[old]: new for new, old in enumerate(old_ids)}
     spec["model"]["vocab"] = {name: new_id[name] for name in spec["model"]["vocab"] if name in new_id}
@@ -276,7 +263,6 @@ def context_limit(model: PreTrainedModel) -> int:
 
 def split_layers(model: PreTrainedModel, n_frozen: int) -> tuple[nn.Module, PreTrainedModel]:
     """The model in two that share its weights: (trunk, upper).
-
     `trunk(input_ids=…, attention_mask=…).last_hidden_state` is what leaves the lowest `n_frozen` layers, (B, T, H);
     `upper(inputs_embeds=that, …)` goes on from there to the logits. Tuning `upper` tunes `model`. The trunk is frozen
     and in evaluation mode; `upper` is in training mode, whatever `model` is in: call upper.eval() to measure. Raises

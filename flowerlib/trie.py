@@ -1,12 +1,11 @@
 """The catalogue as a prefix tree in arrays: every item title is a path of tokens from the root to a leaf."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import chain, pairwise
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -35,14 +34,12 @@ class TitleTrie:
     child_start: Tensor
 
     @classmethod
-    def from_sequences(cls, sequences: Sequence[Sequence[int]] | np.ndarray | Tensor) -> TitleTrie:
-        """Builds the tree from token sequences, each ending in its terminator.
-
-        They are n_items token lists, or one (n_items, length) integer array padded on the right with -1.
+    def from_sequences(cls, sequences: Sequence[Sequence[int]] | np.ndarray | Tensor) -> Self:
+        """Builds the tree from token sequences, each ending in its terminator: n_items token lists, or one
+        (n_items, length) integer array padded on the right with -1.
 
         Raises ValueError: no items; an empty sequence; a negative or non-integer token; a sequence that continues
-        another one, so that an inner node would be an item (their terminator is missing).
-        """
+        another one, so that an inner node would be an item (their terminator is missing)."""
         flat, length = _flat(sequences)
         end = length.cumsum()
         # Level by level. Of each sequence that goes on: its next token, where it ends, and the node it has reached.
@@ -62,9 +59,8 @@ class TitleTrie:
             n_nodes += len(tokens[-1])
             at += 1
             ends = at == end
-            if ends.any():
-                leaf[items[ends]] = node[ends]
-                items, at, end, node = (x[~ends] for x in (items, at, end, node))
+            leaf[items[ends]] = node[ends]
+            items, at, end, node = (x[~ends] for x in (items, at, end, node))
         parent = np.concatenate(parents, dtype=np.int64)
         child_start = np.r_[1, np.bincount(parent[1:], minlength=n_nodes)].cumsum()
         goes_on = child_start[leaf] < child_start[leaf + 1]
@@ -96,13 +92,12 @@ class TitleTrie:
         ids[self.leaves] = torch.arange(len(self.leaves), device=ids.device)
         return ids
 
-    def to(self, device: torch.device | str) -> TitleTrie:
+    def to(self, device: torch.device | str) -> Self:
         """The same tree on another device."""
         return TitleTrie(*(getattr(self, f.name).to(device) for f in fields(self)))
 
     def log_flows(self, log_item_rewards: Tensor) -> Tensor:
         """log F(s) = log Σ R(i) over the items i below s, in nats; the root's is log Z.
-
         log_item_rewards (..., n_items), one reward vector per leading index, -inf takes an item out → (..., n_nodes),
         differentiable where finite. Raises ValueError: wrong number of items, NaN or +inf; the message names the item.
         """
@@ -127,13 +122,9 @@ class TitleTrie:
         return flows.T.view(*log_item_rewards.shape[:-1], self.n_nodes)
 
     def log_token_rewards(self, log_item_rewards: Tensor) -> Tensor:
-        """log r(parent → s) = log F(s) − log F(parent) in nats, 0 at the root. Shapes as in `log_flows`.
-
-        Along a title they add up to log R(i)/Z (with equal titles: of the leaf), so a policy equal to r draws
-        items in proportion to reward.
-
-        Raises ValueError: as `log_flows`, or a reward is zero; the message names the item.
-        """
+        """log r(parent → s) = log F(s) − log F(parent) in nats, 0 at the root. Shapes as in `log_flows`. Along a title
+        they add up to log R(i)/Z (with equal titles: of the leaf), so a policy equal to r draws items in proportion to
+        reward. Raises ValueError: as `log_flows`, or a reward is zero; the message names the item."""
         flows = self.log_flows(log_item_rewards)
         zero = log_item_rewards.detach() == -torch.inf
         if zero.any():
@@ -143,9 +134,7 @@ class TitleTrie:
     @cached_property
     def depth_first(self) -> tuple[Tensor, Tensor]:
         """(n_nodes,) int32 twice: when a walk through the tree, depth first, enters each node, and when it has left it.
-
-        Node a lies on the path to node s, or is s, exactly where enter[a] <= enter[s] < leave[a].
-        """
+        Node a lies on the path to node s, or is s, exactly where enter[a] <= enter[s] < leave[a]."""
         size = self.from_below(torch.ones_like(self.parent), "sum")
         enter = torch.zeros_like(size)
         for level in self._levels[1:]:

@@ -8,7 +8,6 @@ import io
 import json
 import re
 import reprlib
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -51,10 +50,8 @@ class FetchError(RuntimeError):
 
 def movielens_100k() -> Path:
     """The folder with MovieLens-100K in RecBole's format, fetched (2 MB) if it isn't there, else FetchError.
-
     GroupLens allows research, but neither commercial use nor redistribution: the data stay out of this repository.
-    Cite F. M. Harper and J. A. Konstan, "The MovieLens Datasets: History and Context", ACM TiiS 5(4), 2015.
-    """
+    Cite F. M. Harper and J. A. Konstan, "The MovieLens Datasets: History and Context", ACM TiiS 5(4), 2015."""
     notice = "MovieLens-100K (2 MB): for research use, not to be redistributed; cite Harper & Konstan (2015)"
     members = [f"recbole/dataset_example/ml-100k/ml-100k.{ending}" for ending in ("inter", "item")]
     sha256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
@@ -63,7 +60,6 @@ def movielens_100k() -> Path:
 
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct (Apache-2.0), fetched (93 MB) if it isn't there, else FetchError.
-
     Its 4-bit weights (Q4_1) are expanded to bfloat16 (269 MB) so that they can be trained; the rounding stays in them.
     """
     notice = "SmolLM2-135M-Instruct (93 MB, 275 MB once converted; Apache-2.0)"
@@ -94,8 +90,6 @@ def _fetch(folder: Path, notice: str, pinned: str, sha256: str, members: Sequenc
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if folder.is_dir():
             return folder
-        for leftover in folder.parent.glob(f".{folder.name}.*/"):  # of a process that was killed
-            shutil.rmtree(leftover)
         print(f"fetching {notice} into {folder.parent.name}/{folder.name}", flush=True)
         try:
             with atomic(folder) as new:
@@ -141,10 +135,8 @@ def _expand_gguf(folder: Path) -> None:
 
 def load(settings: Settings) -> Tables:
     """The tables of the settings' data: MovieLens-100K if `data_path` is "", otherwise what that folder holds.
-
     `max_items` takes the most interacted items, then `max_users` the first users, before the split. Processed tables
-    are split already: of these settings only `max_history` cuts them. Amazon's dumps are brought to their 5-core.
-    """
+    are split already: of these settings only `max_history` cuts them. Amazon's dumps are brought to their 5-core."""
     if not settings.data_path and settings.dataset != "movielens-100k":
         raise ValueError(f"dataset {settings.dataset!r} isn't fetched: put it into a folder and name it in data_path")
     folder = ROOT / Path(settings.data_path).expanduser() if settings.data_path else movielens_100k()
@@ -167,9 +159,8 @@ def load(settings: Settings) -> Tables:
                   f"{len(users):,} of {log.user_id.nunique():,} users (max_users)")
         interactions = interactions[interactions.user_id.isin(users)].reset_index(drop=True)
         tables = split_interactions(items, interactions, settings.split, settings.max_history)
-    for part in PARTS:
-        if not len(getattr(tables, part)):
-            raise ValueError(f"{folder} leaves no row for {part}: bring more interactions or another split")
+    if empty := [part for part in PARTS if not len(getattr(tables, part))]:
+        raise ValueError(f"{folder} leaves no row for {empty[0]}: bring more interactions or another split")
     return tables
 
 
@@ -202,10 +193,8 @@ def k_core(interactions: pd.DataFrame, k: int) -> pd.DataFrame:
 
 def read_recbole(folder: str | Path) -> Dataset:
     """RecBole's atomic files: one .inter (user_id, item_id, timestamp) and one .item (item_id and a title column).
-
     The title column is movie_title, title, item_title or name. Titles in movie_title are films, cleaned as
-    `read_movielens` does it (with their release_year, where it is there); others only by `clean_title`.
-    """
+    `read_movielens` does it (with their release_year, where it is there); others only by `clean_title`."""
     inter, item = (sorted(Path(folder).glob(pattern)) for pattern in ("*.inter", "*.item"))
     if len(inter) != 1 or len(item) != 1:
         error = ValueError if inter and item else FileNotFoundError
@@ -220,7 +209,6 @@ def read_recbole(folder: str | Path) -> Dataset:
 
 def read_movielens(folder: str | Path) -> Dataset:
     """GroupLens' files: u.data and u.item, ratings.dat and movies.dat, or ratings.csv and movies.csv.
-
     Every rating is an interaction, whatever its value. All titles are films': the year in parentheses goes, but where
     films of equal title differ in it; `, The` moves to the front; the film called unknown is dropped with its ratings.
     """
@@ -315,11 +303,9 @@ def _dataset(item: Path, items: pd.DataFrame, inter: Path, interactions: pd.Data
 
 
 def read_amazon(reviews: str | Path, metadata: str | Path) -> Dataset:
-    """Amazon's 2018 dumps: JSON lines, gzipped or plain, read as a stream.
-
-    Every review is an interaction. Items nobody reviewed are left out; items without a title go with their reviews.
-    Deviation: the paper searches for a time window that leaves enough items; here all years are read.
-    """
+    """Amazon's 2018 dumps: JSON lines, gzipped or plain, read as a stream. Every review is an interaction. Items nobody
+    reviewed are left out; items without a title go with their reviews.
+    Deviation: the paper searches for a time window that leaves enough items; here all years are read."""
     rows = list(_json_lines(reviews, reviewerID=str, asin=str, unixReviewTime=int))
     interactions = pd.DataFrame(rows, columns=INTERACTION).astype(dict(zip(INTERACTION, (str, str, np.int64))))
     reviewed, titles = set(interactions.item_id), {}
@@ -345,9 +331,10 @@ def _json_lines(path: str | Path, **fields: type) -> Iterator[list]:
                 values = [row.get(name) for name in fields]
                 if re.search("[\udc80-\udcff]", "".join(map(str, values))):  # bytes that are no UTF-8
                     raise UnicodeError
-                if not all(kind is object or type(value) is kind and _is_sound(value)
-                           for value, kind in zip(values, fields.values())):
-                    raise ValueError
+                for value, kind in zip(values, fields.values()):  # ids have whole characters, times fit into 64 bits
+                    sound = kind is object or type(value) is kind and re.fullmatch("[^\ud800-\udfff]+", str(value))
+                    if not sound or kind is int and abs(value) >= 2**62:
+                        raise ValueError
                 yield values
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise ValueError(f"{path} is damaged after line {number}: download it again") from None
@@ -357,14 +344,8 @@ def _json_lines(path: str | Path, **fields: type) -> Iterator[list]:
         raise ValueError(f"{path}, line {number}: not a JSON object with {needed}, as the 2018 dumps have") from None
 
 
-def _is_sound(value: str | int) -> bool:
-    """Whether an id has characters, all whole, or a time fits into 64 bits."""
-    return abs(value) < 2**62 if isinstance(value, int) else bool(value) and not re.search("[\ud800-\udfff]", value)
-
-
 def read_counts(path: str | Path) -> pd.Series:
     """A table title → count (above 0) from a CSV, JSON or Parquet file, most frequent first; equal titles add up.
-
     It has columns title and count, or two: title or id, then count. A JSON file holds such records, or {title: count}.
     """
     table = _read_any(Path(path))
@@ -385,10 +366,8 @@ def read_counts(path: str | Path) -> pd.Series:
 
 def read_recommendations(path: str | Path) -> pd.Series:
     """What a recommender recommended, from a CSV, JSON or Parquet file: one title or id a row, a row for every slot.
-
     The column is `title`, else `item_id`, else (not in a CSV, whose first line may be a title) the only one there is;
-    other columns (user, rank) are not looked at.
-    """
+    other columns (user, rank) are not looked at."""
     table = _read_any(Path(path))
     columns = [column for column in ("title", "item_id") if column in table]
     columns = columns or list(table) * (table.shape[1] == 1 and table.index.name != "line")
@@ -444,10 +423,8 @@ def write_processed(tables: Tables, folder: str | Path) -> None:
 
 def read_processed(folder: str | Path) -> Tables:
     """The tables that `write_processed`, or anybody else, wrote in the schema of `flowerlib.data`. Titles stay.
-
     Refused are, besides damaged files, an item_id that stands twice, a blank title, one with a line break, an empty
-    history, and an item that is not in items.parquet. Rows count from 0.
-    """
+    history, and an item that is not in items.parquet. Rows count from 0."""
     path = Path(folder) / "items.parquet"
     items = _columns(path, _read_any(path), "item_id", "title")
     items["title"] = items.title.astype(str)
