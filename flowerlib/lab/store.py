@@ -4,8 +4,6 @@ A kept thing is a JSON record, or a folder whose record is its made.json, writte
 the settings and data that it depends on, and `provenance`. Nothing here removes kept work, readable or not.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

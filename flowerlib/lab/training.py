@@ -1,7 +1,5 @@
 """From rows to a tuned model on disk: frozen layers run once, one trainer for all methods, nothing done twice."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -201,16 +199,13 @@ def made_from(settings: TrainSettings, tables: data.Tables, log_item_rewards: Te
     return used
 
 
-def finetune(
-    backbone: Backbone, tables: data.Tables, settings: TrainSettings, folder: Path, cache: Path,
-    log_item_rewards: Tensor | None = None, preference: torch.nn.Module | None = None,
-    leaf_weights: Tensor | None = None,
-) -> tuple[pd.DataFrame, Path]:
+def finetune(backbone: Backbone, tables: data.Tables, settings: TrainSettings, folder: Path, cache: Path,
+             log_item_rewards: Tensor | None = None, preference: torch.nn.Module | None = None,
+             leaf_weights: Tensor | None = None) -> tuple[pd.DataFrame, Path]:
     """Tunes the backbone's model in place and saves it, with tokenizer and items, ready for `recommend`.
 
     The checkpoint of the lowest validation loss stays. A killed run resumes from its last checkpoint, and a finished
     one is taken as it is, if settings and data are the same (`made_from`); others beside it stay as they are.
-
     Deviation: the paper stops once two validations in a row were no better; here all `epochs` are run.
 
     Args:
@@ -219,14 +214,12 @@ def finetune(
         log_item_rewards: (n_items,) log R in nats for Flower; None is SFT.
         preference: p_ui, needed by every reward but "none". leaf_weights: as `Objective` takes them.
 
-    Returns:
-        The log: columns step, loss, kind ("train" or "validation"), sft and flow (nats a token; nats² or nats a node);
-        and the folder of this training.
+    Returns the log: columns step, loss, kind ("train" or "validation"), sft and flow (nats a token; nats² or nats a
+    node); and the folder of this training.
 
-    Raises:
-        ValueError: a title or a row is longer than the model's context; `dry_run` fails; sampled paths behind frozen
-            layers; a reward that is not positive; a batch that does not part evenly over the processes; another process
-            trains the same.
+    Raises ValueError: a title or a row is longer than the model's context; `dry_run` fails; sampled paths behind frozen
+    layers; a reward that is not positive; a batch that does not part evenly over the processes; another process trains
+    the same.
     """
     settings = settings if log_item_rewards is not None else replace(settings, theta=1.0)
     if settings.theta < 1 and settings.frozen_layers and settings.paths != "logged":
@@ -312,9 +305,7 @@ def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, parts: Sequence
 def dry_run(settings: TrainSettings, titles: Sequence[str], cache: Path, prompt: str | None = None) -> None:
     """Tries all that is done with a model on six of the titles and a copy opened for this, before anything is trained:
     every two ways to compute the same log π must agree within 1e-3 nats. What went well is remembered in `cache`.
-
-    Raises ValueError where they differ or one of them fails; the message names settings that do work, if any.
-    """
+    Raises ValueError where they differ or one of them fails; the message names settings that do work, if any."""
     names = ("frozen_layers", "tuned_layers", "cut_vocabulary", "rows", "lora_rank")
     origin = {name: getattr(settings, name) for name in names}
     origin |= {"base": base_digest(sources.model_folder(settings.model)), "prompt": prompt,
