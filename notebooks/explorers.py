@@ -26,9 +26,8 @@ from flowerlib.tree import PackedTree
 WIDE = {"layout": {"width": "34em"}, "style": {"description_width": "initial"}}
 
 
-def live(
-    draw: Callable[..., str | None], controls: Mapping[str, widgets.Widget], button: widgets.Button | None = None
-) -> widgets.VBox:
+def live(draw: Callable[..., str | None], controls: Mapping[str, widgets.Widget],
+         button: widgets.Button | None = None) -> widgets.VBox:
     """Controls above a figure that `draw(figure, paint, **values)` draws anew when a value changes or, if there is one,
     the button is clicked; `paint()` shows what is drawn so far. HTML that `draw` returns stands below the figure; the
     message of its ValueError, instead of the figure."""
@@ -67,10 +66,8 @@ class Branches:
     """A tree of titles, one user, and what models make of it: each reads the whole tree once, behind the user's history
     of item positions (oldest first). counts: (n_items,) interactions; log_p: (n_leaves,) log preference, nats."""
 
-    def __init__(
-        self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast, catalogue: Catalogue,
-        history: Sequence[int], counts: torch.Tensor, log_p: torch.Tensor,
-    ):
+    def __init__(self, models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast, catalogue: Catalogue,
+                 history: Sequence[int], counts: torch.Tensor, log_p: torch.Tensor):
         self.trie, self.titles, self.counts, self.log_p = catalogue.trie.to("cpu"), catalogue.titles, counts, log_p
         spelled = [tokenizer.decode([token]) for token in self.trie.token.clamp(min=0).tolist()]
         self.labels = ["⊤" if leaf >= 0 else text for leaf, text in zip(self.trie.node_leaf.tolist(), spelled)]
@@ -93,9 +90,8 @@ class Branches:
         return [0, *path[path >= 0][:-1][:depth].tolist()]
 
 
-def draw_branch(
-    figure: Figure, branches: Branches, title: str, depth: int, alpha: float, beta: float, smoothing: float, n: int = 6
-) -> None:
+def draw_branch(figure: Figure, branches: Branches, title: str, depth: int, alpha: float, beta: float, smoothing: float,
+                n: int = 6) -> None:
     """Left the last steps to a node, with the flow of each and of what turns off before; right the choice there."""
     log_flow, log_r = branches.flows(alpha, beta, smoothing)
     flow, way, labels = log_flow.exp().tolist(), branches.way(title, depth), branches.labels
@@ -188,16 +184,12 @@ def training(counts: Mapping[str, float]) -> widgets.VBox:
     return live(draw, controls, button)
 
 
-def draw_popularity(
-    figure: Figure, slots: pd.DataFrame, counts: pd.Series, methods: Sequence[str], decoding: str, k: int,
-    own: Mapping[str, pd.Series] | None = None,
-) -> pd.DataFrame:
+def draw_popularity(figure: Figure, slots: pd.DataFrame, counts: pd.Series, methods: Sequence[str], decoding: str,
+                    k: int, own: Mapping[str, pd.Series] | None = None) -> pd.DataFrame:
     """Popularity curve and group shares of the first k places of the lists of these methods; and metrics, a line each.
-
     slots: columns method, decoding, user, place, title, hit, as notebooks 04 and 07 write them; methods without a
     language model have the decoding "top" and stand beside every other. counts: title → interactions, of the whole
-    catalogue. own: name → titles that other systems recommended. Raises ValueError for no lists and unknown titles.
-    """
+    catalogue. own: name → titles that other systems recommended. Raises ValueError for no lists and unknown titles."""
     shown = slots[slots.method.isin(methods) & slots.decoding.isin([decoding, "top"]) & (slots.place <= k)]
     recommended = {name: rows.title for name, rows in shown.groupby("method", sort=False)} | (own or {})
     if not recommended:

@@ -38,15 +38,12 @@ PATHS = {  # where methods look: "all" edges, "pairs" of titles, or one of FIT_P
 }
 
 
-def loss_parts(
-    tree: PackedTree, loss: str, log_item_rewards: Tensor, leaves: Tensor | None, penalty: float = 0.0
-) -> Iterator[Tensor]:
+def loss_parts(tree: PackedTree, loss: str, log_item_rewards: Tensor, leaves: Tensor | None,
+               penalty: float = 0.0) -> Iterator[Tensor]:
     """One of FIT_LOSSES as summands, nats (nats²) a title, plus `penalty` times what is lost to tokens off the tree.
-
     The exact losses are sums over edges, so that a gradient that is added up part by part is exact in bounded memory;
     the others are of the (n,) leaf nodes that were drawn. On these the penalty is of the nodes that the drawn titles
-    pass, an unbiased estimate of `losses.off_trie_penalty` where they come from the reward.
-    """
+    pass, an unbiased estimate of `losses.off_trie_penalty` where they come from the reward."""
     trie = tree.trie
     log_r = trie.log_token_rewards(log_item_rewards).float()
     if leaves is None:
@@ -105,16 +102,13 @@ def measure(tree: PackedTree, log_item_rewards: Tensor) -> dict[str, float]:
     return exact | {"catalogue_mass": float(trie.log_leaf_probs(log_pf).exp().sum()), "kl_tokens": float(kl_tokens)}
 
 
-def tune(
-    tree: PackedTree, log_item_rewards: Tensor, step: Callable[[], Iterator[Tensor]], budget: int, learning_rate: float,
-    label: str, evaluations: int = 8, progress: bool = True, watch: Callable[[dict[str, Any]], Any] = lambda row: None,
-) -> pd.DataFrame:
+def tune(tree: PackedTree, log_item_rewards: Tensor, step: Callable[[], Iterator[Tensor]], budget: int,
+         learning_rate: float, label: str, evaluations: int = 8, progress: bool = True,
+         watch: Callable[[dict[str, Any]], Any] = lambda row: None) -> pd.DataFrame:
     """AdamW on the losses that `step` yields, added up, until `budget` tokens have gone through `tree.model`.
-
     The learning rate rises over the first twentieth of the budget and falls to 0 along a cosine. Returns the log, and
     calls `watch` with each row as it comes, one an evaluation, the first before any step: step, forward_tokens, seconds
-    of training, loss, and `measure`.
-    """
+    of training, loss, and `measure`."""
     weights = [w for w in tree.model.parameters() if w.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0, fused=True)
     log: list[dict[str, Any]] = []
@@ -137,18 +131,16 @@ def tune(
             value += part.item()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         tokens = tree.forward_tokens - first
-        for group in optimiser.param_groups:
-            warm, cosine = 20 * tokens / budget, (1 + math.cos(math.pi * before / budget)) / 2
-            group["lr"] = learning_rate * min(warm, cosine)
+        warm, cosine = 20 * tokens / budget, (1 + math.cos(math.pi * before / budget)) / 2
+        optimiser.param_groups[0]["lr"] = learning_rate * min(warm, cosine)
         optimiser.step()
         seconds += time.perf_counter() - start
         bar.update(tokens - before)
 
 
-def fit_target(
-    tree: PackedTree, log_item_rewards: Tensor, loss: str, budget: int, paths: str = "reward", n_titles: int = 16,
-    learning_rate: float = 1e-3, penalty: float = 0.0, seed: int = 0, **how: Any,
-) -> pd.DataFrame:
+def fit_target(tree: PackedTree, log_item_rewards: Tensor, loss: str, budget: int, paths: str = "reward",
+               n_titles: int = 16, learning_rate: float = 1e-3, penalty: float = 0.0, seed: int = 0,
+               **how: Any) -> pd.DataFrame:
     """Tunes `tree.model` until it draws titles in proportion to reward, as well as the loss can. Returns as `tune`.
 
     Args:
@@ -161,8 +153,7 @@ def fit_target(
             with the terminator alone, so that it vanishes for policies that leave the tree as well.
         how: evaluations, progress and watch of `tune`.
 
-    Raises:
-        ValueError: unknown loss or paths; sft with paths that are not drawn from the reward.
+    Raises ValueError: unknown loss or paths; sft with paths that are not drawn from the reward.
     """
     if loss not in FIT_LOSSES or paths not in FIT_PATHS:
         allowed = f"{', '.join(FIT_LOSSES)} and {', '.join(FIT_PATHS)}"
@@ -216,22 +207,17 @@ def rloo_loss(log_pi: Tensor, log_reference: Tensor, rewards: Tensor, beta: floa
     return -(advantage * log_pi).mean()
 
 
-def prefer(
-    tree: PackedTree, log_item_rewards: Tensor, method: str, budget: int, beta: float = 0.1, n_titles: int = 16,
-    learning_rate: float = 1e-5, seed: int = 0, **how: Any,
-) -> pd.DataFrame:
+def prefer(tree: PackedTree, log_item_rewards: Tensor, method: str, budget: int, beta: float = 0.1, n_titles: int = 16,
+           learning_rate: float = 1e-5, seed: int = 0, **how: Any) -> pd.DataFrame:
     """Tunes with one of PREFERENCE_LOSSES, by exact log π on the packed tree; returns the log of `tune`. The model as
     it comes is the reference π_ref; one pass over the tree tells all that is needed of it.
 
     RLOO's completions are unmasked: titles, or a prefix with a token that leaves the tree there. All such tokens of one
     prefix are one outcome, so that the tree's log π tell the probability of each.
 
-    Args:
-        budget, how: as `fit_target` takes them. beta: weight of the divergence from the reference.
-        n_titles: titles a step: n_titles / 2 pairs for DPO, n_titles completions for RLOO.
-
-    Raises:
-        ValueError: unknown method; no two titles differ in reward, so that DPO has no pair.
+    budget, how: as `fit_target` takes them. beta: weight of the divergence from the reference. n_titles: titles a step:
+    n_titles / 2 pairs for DPO, n_titles completions for RLOO.
+    Raises ValueError: unknown method; no two titles differ in reward, so that DPO has no pair.
     """
     if method not in PREFERENCE_LOSSES:
         raise ValueError(f"{method!r} is none of {', '.join(PREFERENCE_LOSSES)}")
@@ -251,11 +237,8 @@ def prefer(
         else:
             drawn = torch.multinomial(outcomes(trie, tree.log_probs()).exp(), n_titles, replacement=True)
         _, into, _ = drawn_edges(tree, leaf_below(trie, leaf_or_node[drawn.flatten()]))
-        log_pi = outcomes(trie, into)[drawn]
-        if method == "dpo":
-            yield dpo_loss(log_pi, reference[drawn], beta)
-        else:
-            yield rloo_loss(log_pi, reference[drawn], paid[drawn], beta)
+        log_pi, log_ref = outcomes(trie, into)[drawn], reference[drawn]
+        yield dpo_loss(log_pi, log_ref, beta) if method == "dpo" else rloo_loss(log_pi, log_ref, paid[drawn], beta)
 
     return tune(tree, log_item_rewards, step, budget, learning_rate, method, **how)
 
@@ -308,11 +291,9 @@ class Case:
 
 def cases(settings: Settings, counts: pd.Series) -> list[Case]:
     """All cases: every method on the most frequent titles, one on permuted counts, one on the large catalogue.
-
     Permuted counts belong to other titles than their own, so that what the model has read about fame is of no help:
     another permutation for each seed. On the true counts the exact losses depend on no seed: they draw nothing, and a
-    pretrained model starts where it starts.
-    """
+    pretrained model starts where it starts."""
     small = counts.head(settings.n_titles or len(counts))
     large = counts[counts >= settings.min_count] if settings.min_count else counts[:0]
     seeds = range(settings.seed, settings.seed + settings.n_seeds)
@@ -342,11 +323,9 @@ def cases(settings: Settings, counts: pd.Series) -> list[Case]:
 def run_case(case: Case, settings: Settings, folder: Path) -> dict[str, Any]:
     """Tunes and measures one case, or reads its record under `folder` if the same settings have written it. The dry
     run's record goes into a folder `cache` beside it.
-
     Returns row: the case and its figures, `measure` and the tokens and seconds of training among them; curve: one
     record an evaluation; log_edges: (n_nodes,) log π over the whole vocabulary; draws: (n_leaves,) titles drawn by the
-    decoder, or empty. Nodes and leaves are those of the tree that `open_case` gives.
-    """
+    decoder, or empty. Nodes and leaves are those of the tree that `open_case` gives."""
     preference, penalised = case.method in PREFERENCE_LOSSES, case.method == "modified_subtb"
     used = ["prompt", "frozen_layers", "learning_rate"] + ["penalty"] * penalised
     used += ["kl_weight", "preference_titles", "preference_learning_rate"] * preference

@@ -24,10 +24,9 @@ STEPS = {"data": "01_prepare_the_data.ipynb", "sft": "02_train_sft.ipynb", "flow
 
 
 def output_dir(profile: str, out: str | None) -> Path:
-    """The folder of a run: `out`, or runs/<profile>; a relative path counts from the project's root.
-
-    Raises ValueError: unknown profile; the root itself (such as ""), which holds other notebooks and data; a folder
-    that cannot be made."""
+    """The folder of a run: `out`, or runs/<profile>; a relative path counts from the project's root. Raises ValueError:
+    unknown profile; the root itself (such as ""), which holds other notebooks and data; a folder that cannot be made.
+    """
     settings(profile)
     path = store.ROOT / (f"runs/{profile}" if out is None else str(out))
     if path.resolve() == store.ROOT.resolve():
@@ -61,14 +60,11 @@ def finish(out: Path, step: str, used: Settings, made: Path | None = None) -> No
     store.write_json(out / step / "settings.json", {"settings": asdict(used), "made": made.name if made else None})
 
 
-def write_results(
-    path: str | Path, rows: Sequence[Mapping[str, Any]], sources: Mapping[str, Any] | Sequence[Mapping[str, Any]]
-) -> None:
+def write_results(path: str | Path, rows: Sequence[Mapping[str, Any]],
+                  sources: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
     """Writes `{"provenance": …, "rows": rows}` atomically, floats rounded to 6 significant digits.
-
     sources: provenance of the work behind the rows, written when that was done, or several (see `joint_provenance`).
-    Raises ValueError if a row's method, decoding or seen is unknown, or a value is not finite.
-    """
+    Raises ValueError if a row's method, decoding or seen is unknown, or a value is not finite."""
     allowed = {"method": METHODS + FIT_LOSSES + PREFERENCE_LOSSES, "decoding": DECODINGS, "seen": SEEN}
     rounded = []
     for i, row in enumerate(rows):
