@@ -42,12 +42,10 @@ def reading(path: str | Path, remove: str | Path | None = None) -> Iterator[None
     FileNotFoundError where nothing is there. remove: what to remove for the cure, where that is more than `path`."""
     try:
         yield
-    except (ImportError, MemoryError):
-        raise
     except Exception as error:  # every format has errors of its own
         of_the_file = isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
-        of_memory = any(words in str(error) for words in ("allocate memory", "out of memory"))
-        if getattr(error, "errno", None) and not of_the_file or of_memory:
+        foreign = isinstance(error, (ImportError, MemoryError)) or re.search("(allocate|out of) memory", str(error))
+        if foreign or getattr(error, "errno", None) and not of_the_file:
             raise  # no fault of the file
         kind, fault = (ValueError, "damaged") if Path(path).exists() else (FileNotFoundError, "missing")
         cure = f"remove {remove or 'it'} and run" if remove or fault == "damaged" else "run"
@@ -105,8 +103,7 @@ def split_interactions(items: pd.DataFrame, interactions: pd.DataFrame, how: str
 
     how="leave-one-out": a user's last interaction is test, the last but one validation, the rest training; users
     with fewer than three interactions are training only. how="time": the rows sorted by time over all users, the
-    first 8/10 training, 1/10 validation, 1/10 test (the paper's split).
-    """
+    first 8/10 training, 1/10 validation, 1/10 test (the paper's split)."""
     if how not in SPLITS:
         raise ValueError(f"unknown split {how!r}: choose one of {', '.join(SPLITS)}")
     if max_history < 1:
@@ -178,8 +175,7 @@ def sequences(train: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
     A row continues an earlier row if that one's history + target ends in its history: the earliest such row, of the
     same user where user_id is there, that no other row continues. `a → b` and `a, b → c` become a, b, c. Users' rows
-    may be mixed, but each user's must stand in the order of time. Every interaction that a row holds appears once.
-    """
+    may be mixed, but each user's must stand in the order of time. Every interaction that a row holds appears once."""
     flat, offsets = histories(train)
     codes, ids = pd.factorize(np.r_[flat, train.target.to_numpy()])
     past, following = (part.astype(np.int32).tobytes() for part in np.split(codes, [len(flat)]))

@@ -39,8 +39,7 @@ class Catalogue:
         titles, sequences: one per item: its title, and its tokens and then the terminator ⊤. Equal titles share a leaf.
         trie: the prefix tree of `sequences`; its leaf ids are those of `data.item_leaves`.
         header, separator, footer: token lists; a prompt is header, title, separator, title, separator, …, footer.
-        eos: what follows a target in training, or None.
-    """
+        eos: what follows a target in training, or None."""
 
     titles: list[str]
     sequences: list[list[int]]
@@ -82,15 +81,8 @@ class Catalogue:
         eos = tokenizer.eos_token_id if rows == "target" and tokenizer.eos_token_id != end else None
         return cls(list(titles), sequences, trie, header, separator, footer, eos)
 
-    @property
-    def terminator(self) -> int:
-        """The token ⊤ that ends every title."""
-        return self.sequences[0][-1]
-
-    @property
-    def leaf_titles(self) -> list[str]:
-        """(n_leaves,) the title of each leaf id."""
-        return list(dict.fromkeys(self.titles))
+    terminator = property(lambda self: self.sequences[0][-1], doc="The token ⊤ that ends every title.")
+    leaf_titles = property(lambda self: list(dict.fromkeys(self.titles)), doc="(n_leaves,) the title of each leaf id.")
 
     def context(self, history: Sequence[int]) -> list[int]:
         """Tokens of the prompt for a history of item positions, oldest first. An empty history is allowed."""
@@ -126,8 +118,7 @@ def open_backbone(settings: TrainSettings, titles: Sequence[str], path: str | Pa
         prompt: what stands before a title where there is no history; None takes the prompt of category and rows.
 
     Raises OSError where the model is neither a folder nor a known hub id, or cannot be fetched (transformers' own
-    message); ValueError where more layers are asked for than there are, or as `Catalogue.build`.
-    """
+    message); ValueError where more layers are asked for than there are, or as `Catalogue.build`."""
     path = settings.model if path is None else path
     texts = [*titles, *(prompt_texts(settings.category, settings.rows) if prompt is None else [prompt])]
     if path == "tiny":
@@ -266,8 +257,7 @@ def split_layers(model: PreTrainedModel, n_frozen: int) -> tuple[nn.Module, PreT
     `trunk(input_ids=…, attention_mask=…).last_hidden_state` is what leaves the lowest `n_frozen` layers, (B, T, H);
     `upper(inputs_embeds=that, …)` goes on from there to the logits. Tuning `upper` tunes `model`. The trunk is frozen
     and in evaluation mode; `upper` is in training mode, whatever `model` is in: call upper.eval() to measure. Raises
-    ValueError where the model is not built like a Llama (embed_tokens, layers, norm, rotary_emb) or has too few layers.
-    """
+    ValueError where `model` isn't built like a Llama (embed_tokens, layers, norm, rotary_emb) or has too few layers."""
     base = _decoder(model)
     lower, rest = range(n_frozen), range(n_frozen, len(base.layers))
     if not rest:

@@ -24,8 +24,7 @@ class TitleTrie:
         token: (n_nodes,) the token on the edge into a node; -1 at the root.
         depth: (n_nodes,) tokens from the root.
         leaf: (n_items,) the node at which an item's sequence ends; equal sequences share it.
-        child_start: (n_nodes + 1,) the children of s are the nodes child_start[s] … child_start[s + 1] - 1.
-    """
+        child_start: (n_nodes + 1,) the children of s are the nodes child_start[s] … child_start[s + 1] - 1."""
 
     parent: Tensor
     token: Tensor
@@ -99,8 +98,7 @@ class TitleTrie:
     def log_flows(self, log_item_rewards: Tensor) -> Tensor:
         """log F(s) = log Σ R(i) over the items i below s, in nats; the root's is log Z.
         log_item_rewards (..., n_items), one reward vector per leading index, -inf takes an item out → (..., n_nodes),
-        differentiable where finite. Raises ValueError: wrong number of items, NaN or +inf; the message names the item.
-        """
+        differentiable where finite. Raises ValueError: wrong number of items, NaN or +inf; it names the item."""
         if log_item_rewards.shape[-1] != self.n_items:
             raise ValueError(f"{log_item_rewards.shape[-1]} rewards for {self.n_items} items")
         bad = torch.isnan(log_item_rewards) | (log_item_rewards == torch.inf)

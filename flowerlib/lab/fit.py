@@ -153,8 +153,7 @@ def fit_target(tree: PackedTree, log_item_rewards: Tensor, loss: str, budget: in
             with the terminator alone, so that it vanishes for policies that leave the tree as well.
         how: evaluations, progress and watch of `tune`.
 
-    Raises ValueError: unknown loss or paths; sft with paths that are not drawn from the reward.
-    """
+    Raises ValueError: unknown loss or paths; sft with paths that are not drawn from the reward."""
     if loss not in FIT_LOSSES or paths not in FIT_PATHS:
         allowed = f"{', '.join(FIT_LOSSES)} and {', '.join(FIT_PATHS)}"
         raise ValueError(f"loss {loss!r} with paths {paths!r}: choose of {allowed}")
@@ -217,8 +216,7 @@ def prefer(tree: PackedTree, log_item_rewards: Tensor, method: str, budget: int,
 
     budget, how: as `fit_target` takes them. beta: weight of the divergence from the reference. n_titles: titles a step:
     n_titles / 2 pairs for DPO, n_titles completions for RLOO.
-    Raises ValueError: unknown method; no two titles differ in reward, so that DPO has no pair.
-    """
+    Raises ValueError: unknown method; no two titles differ in reward, so that DPO has no pair."""
     if method not in PREFERENCE_LOSSES:
         raise ValueError(f"{method!r} is none of {', '.join(PREFERENCE_LOSSES)}")
     torch.manual_seed(seed)

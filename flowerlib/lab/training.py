@@ -219,8 +219,7 @@ def finetune(backbone: Backbone, tables: data.Tables, settings: TrainSettings, f
 
     Raises ValueError: a title or a row is longer than the model's context; `dry_run` fails; sampled paths behind frozen
     layers; a reward that is not positive; a batch that does not part evenly over the processes; another process trains
-    the same.
-    """
+    the same."""
     settings = settings if log_item_rewards is not None else replace(settings, theta=1.0)
     if settings.theta < 1 and settings.frozen_layers and settings.paths != "logged":
         raise ValueError("paths that are drawn need every layer at hand: set frozen_layers and tuned_layers to 0 in 02")
