@@ -8,8 +8,7 @@ The processed schema, one Parquet file per table (`flowerlib.lab.sources` reads 
 | train.parquet, valid.parquet, test.parquet | history (list of item_id, oldest first, not empty), target (item_id) \
 and, where known, user_id and timestamp (seconds) |
 
-Several item ids may have one title: they share a leaf, see `item_leaves`.
-"""
+Several item ids may have one title: they share a leaf, see `item_leaves`."""
 
 import html
 import json
@@ -100,7 +99,6 @@ def split_interactions(items: pd.DataFrame, interactions: pd.DataFrame, how: str
     A user's interactions are sorted by time, in the file's order where times are equal (MovieLens stamps rating
     sessions: half of its steps are ties). The history is the last `max_history` item ids before the target. Rows
     are ordered by user, in order of appearance, then by time. Raises ValueError: unknown `how`, max_history below 1.
-
     how="leave-one-out": a user's last interaction is test, the last but one validation, the rest training; users
     with fewer than three interactions are training only. how="time": the rows sorted by time over all users, the
     first 8/10 training, 1/10 validation, 1/10 test (the paper's split)."""
@@ -172,7 +170,6 @@ def seen_positions(tables: Tables, part: str) -> list[list[int]]:
 
 def sequences(train: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """The users' training sequences, put together from their rows: (n,) item ids and (m+1,) offsets.
-
     A row continues an earlier row if that one's history + target ends in its history: the earliest such row, of the
     same user where user_id is there, that no other row continues. `a → b` and `a, b → c` become a, b, c. Users' rows
     may be mixed, but each user's must stand in the order of time. Every interaction that a row holds appears once."""
@@ -207,7 +204,6 @@ def item_leaves(titles: Sequence[str] | pd.Series) -> np.ndarray:
 
 def item_counts(tables: Tables, how: str = "true") -> np.ndarray:
     """How often each item occurs in training, (n_items,) int64, in the order of `tables.items`.
-
     how="true": each training interaction counts once, targets included. how="windowed": each appearance in the training
     rows' histories counts, so that early interactions count up to max_history times and a last target not at all.
     Deviation: the official code counts "windowed"; our default is "true". Raises ValueError: unknown `how`."""

@@ -1,7 +1,5 @@
 """The language model and its catalogue: loaded, cut to size, split, titles encoded."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json
@@ -11,16 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import pandas as pd
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel,
-    PreTrainedTokenizerFast, set_seed,
-)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed)
 
 from .data import item_leaves, read_json, reading
 from .trie import TitleTrie
@@ -33,32 +29,25 @@ ROOT = Path(__file__).resolve().parent.parent  # relative folders count from her
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The titles as the model sees them, encoded once for tree, prompts, training targets and decoding alike.
+    """The titles as the model sees them, encoded once for tree, prompts, training targets and decoding alike."""
 
-    Attributes:
-        titles, sequences: one per item: its title, and its tokens and then the terminator ⊤. Equal titles share a leaf.
-        trie: the prefix tree of `sequences`; its leaf ids are those of `data.item_leaves`.
-        header, separator, footer: token lists; a prompt is header, title, separator, title, separator, …, footer.
-        eos: what follows a target in training, or None."""
-
-    titles: list[str]
-    sequences: list[list[int]]
-    trie: TitleTrie
-    header: list[int]
+    titles: list[str]  # one per item; equal titles share a leaf
+    sequences: list[list[int]]  # one per item: its title's tokens and then the terminator ⊤
+    trie: TitleTrie  # the prefix tree of `sequences`; its leaf ids are those of `data.item_leaves`
+    header: list[int]  # tokens; a prompt is header, title, separator, title, separator, …, footer
     separator: list[int]
     footer: list[int]
-    eos: int | None
+    eos: int | None  # what follows a target in training
 
     @classmethod
     def build(cls, tokenizer: PreTrainedTokenizerFast, titles: Sequence[str], category: str,
-              rows: str = "sequence") -> Catalogue:
+              rows: str = "sequence") -> Self:
         """Encodes titles and prompt. category: what the prompt calls an item ("movie"). rows: "sequence" (a list of
         titles that simply goes on) or "target" (an instruction, one title as answer).
 
         The terminator is the newline's token (without a blank that SentencePiece puts before it), else the end of text.
         Raises ValueError where the tokenizer has neither, a title encodes to nothing or holds the terminator, or two
         different titles have the same tokens.
-
         Deviation: title and terminator are encoded apart and joined, here and everywhere. The official code encodes
         them together for the target but apart for the tree; the two disagree where the tokenizer merges them."""
         texts = [*titles, "\n", *prompt_texts(category, rows)]
@@ -108,15 +97,12 @@ class Backbone(NamedTuple):
     catalogue: Catalogue
 
 
-def open_backbone(settings: TrainSettings, titles: Sequence[str], path: str | Path | None = None,
+def open_backbone(settings: "TrainSettings", titles: Sequence[str], path: str | Path | None = None,
                   prompt: str | None = None) -> Backbone:
-    """Model, tokenizer and catalogue of a run, before training, cut as the settings ask.
-
-    Args:
-        settings: model, frozen_layers, tuned_layers, cut_vocabulary, category, rows and seed are used.
-        path: folder or hub id in the place of settings.model; "tiny" is `tiny_model`.
-        prompt: what stands before a title where there is no history; None takes the prompt of category and rows.
-
+    """Model, tokenizer and catalogue of a run, before training, cut as the settings ask: of them, model, frozen_layers,
+    tuned_layers, cut_vocabulary, category, rows and seed are used. path: folder or hub id in the place of
+    settings.model; "tiny" is `tiny_model`. prompt: what stands before a title where there is no history; None takes
+    the prompt of category and rows.
     Raises OSError where the model is neither a folder nor a known hub id, or cannot be fetched (transformers' own
     message); ValueError where more layers are asked for than there are, or as `Catalogue.build`."""
     path = settings.model if path is None else path
@@ -172,13 +158,12 @@ def trained_on(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
 
 @lru_cache(maxsize=2)
 def _load_trained(folder: Path, _written: int) -> Backbone:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     settings, items = trained_on(folder)
     with reading(folder / "model", folder):
         model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     catalogue = Catalogue.build(tokenizer, items.title, settings["category"], settings["rows"])
-    return Backbone(model.to(device), tokenizer, catalogue)
+    return Backbone(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, catalogue)
 
 
 def tiny_model(texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -191,11 +176,9 @@ def tiny_model(texts: Sequence[str], seed: int) -> tuple[PreTrainedModel, PreTra
     special = {"eos_token": "<eos>", "pad_token": "<eos>", "unk_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=0, pad_token_id=0,
-        tie_word_embeddings=False,
-    )
+    config = LlamaConfig(vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None,
+                         eos_token_id=0, pad_token_id=0, tie_word_embeddings=False)
     return LlamaForCausalLM(config), tokenizer
 
 

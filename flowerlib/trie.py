@@ -18,19 +18,13 @@ TOKENS = 2**31  # tokens are below it: a node and a token then fit into 63 bits
 @dataclass(frozen=True, eq=False)
 class TitleTrie:
     """A prefix tree over token sequences, breadth first: parents before children, siblings side by side by token.
+    Its arrays are int64, on one device."""
 
-    Attributes (all int64, on one device):
-        parent: (n_nodes,) the node above; -1 at the root, which is node 0.
-        token: (n_nodes,) the token on the edge into a node; -1 at the root.
-        depth: (n_nodes,) tokens from the root.
-        leaf: (n_items,) the node at which an item's sequence ends; equal sequences share it.
-        child_start: (n_nodes + 1,) the children of s are the nodes child_start[s] … child_start[s + 1] - 1."""
-
-    parent: Tensor
-    token: Tensor
-    depth: Tensor
-    leaf: Tensor
-    child_start: Tensor
+    parent: Tensor  # (n_nodes,) the node above; -1 at the root, which is node 0
+    token: Tensor  # (n_nodes,) the token on the edge into a node; -1 at the root
+    depth: Tensor  # (n_nodes,) tokens from the root
+    leaf: Tensor  # (n_items,) the node at which an item's sequence ends; equal sequences share it
+    child_start: Tensor  # (n_nodes + 1,) the children of s are the nodes child_start[s] … child_start[s + 1] - 1
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[int]] | np.ndarray | Tensor) -> Self:

@@ -1,7 +1,5 @@
 """The explorers of notebook 09: widgets that hand their values to the library and `plots`, and show what comes back.
-
-Every figure here can be drawn without widgets as well, so that a notebook reads without a kernel.
-"""
+Every figure here can be drawn without widgets as well, so that a notebook reads without a kernel."""
 
 import html
 import tempfile

@@ -32,10 +32,9 @@ from ..trie import TitleTrie, segment_logsumexp
 from . import sources, store, training
 from .settings import FIT_LOSSES, FIT_PATHS, PREFERENCE_LOSSES, Settings
 
-PATHS = {  # where methods look: "all" edges, "pairs" of titles, or one of FIT_PATHS; the others as the settings say
-    "exact_ce": ("all",), "exact_squared": ("all",), "subtree_ce": ("reward",), "sft": ("reward",), "dpo": ("pairs",),
-    "rloo": ("policy",),
-}
+# where methods look: "all" edges, "pairs" of titles, or one of FIT_PATHS; the others as the settings say
+PATHS = {"exact_ce": ("all",), "exact_squared": ("all",), "subtree_ce": ("reward",), "sft": ("reward",),
+         "dpo": ("pairs",), "rloo": ("policy",)}
 
 
 def loss_parts(tree: PackedTree, loss: str, log_item_rewards: Tensor, leaves: Tensor | None,
@@ -142,6 +141,7 @@ def fit_target(tree: PackedTree, log_item_rewards: Tensor, loss: str, budget: in
                n_titles: int = 16, learning_rate: float = 1e-3, penalty: float = 0.0, seed: int = 0,
                **how: Any) -> pd.DataFrame:
     """Tunes `tree.model` until it draws titles in proportion to reward, as well as the loss can. Returns as `tune`.
+    Raises ValueError: unknown loss or paths; sft with paths that are not drawn from the reward.
 
     Args:
         log_item_rewards: (n_items,) log R in nats. loss: one of FIT_LOSSES. n_titles: titles a step.
@@ -151,9 +151,7 @@ def fit_target(tree: PackedTree, log_item_rewards: Tensor, loss: str, budget: in
             each time that the loss falls below 0.05 (the paper's; 0.4 for its large catalogue).
         penalty: weight of what is lost to tokens that leave the tree. The modified SubTB needs it: it compares tokens
             with the terminator alone, so that it vanishes for policies that leave the tree as well.
-        how: evaluations, progress and watch of `tune`.
-
-    Raises ValueError: unknown loss or paths; sft with paths that are not drawn from the reward."""
+        how: evaluations, progress and watch of `tune`."""
     if loss not in FIT_LOSSES or paths not in FIT_PATHS:
         allowed = f"{', '.join(FIT_LOSSES)} and {', '.join(FIT_PATHS)}"
         raise ValueError(f"loss {loss!r} with paths {paths!r}: choose of {allowed}")
@@ -183,8 +181,6 @@ def fit_target(tree: PackedTree, log_item_rewards: Tensor, loss: str, budget: in
 
 
 # Preference tuning on the same tree
-
-
 def tilted_optimum(log_reference: Tensor, log_reward: Tensor, beta: float) -> Tensor:
     """(n_leaves,) log of π_ref · exp(r/β), normalised: what a policy gradient with KL penalty β converges to. With r =
     log R and a uniform reference, β = 1 gives R/Z itself, the target of Flower; a smaller β sharpens it."""
@@ -210,10 +206,8 @@ def prefer(tree: PackedTree, log_item_rewards: Tensor, method: str, budget: int,
            learning_rate: float = 1e-5, seed: int = 0, **how: Any) -> pd.DataFrame:
     """Tunes with one of PREFERENCE_LOSSES, by exact log π on the packed tree; returns the log of `tune`. The model as
     it comes is the reference π_ref; one pass over the tree tells all that is needed of it.
-
     RLOO's completions are unmasked: titles, or a prefix with a token that leaves the tree there. All such tokens of one
     prefix are one outcome, so that the tree's log π tell the probability of each.
-
     budget, how: as `fit_target` takes them. beta: weight of the divergence from the reference. n_titles: titles a step:
     n_titles / 2 pairs for DPO, n_titles completions for RLOO.
     Raises ValueError: unknown method; no two titles differ in reward, so that DPO has no pair."""
@@ -260,8 +254,6 @@ def _pairs(log_shares: Tensor, n: int) -> Tensor:
 
 
 # The study of notebook 05, case by case
-
-
 def title_counts(settings: Settings) -> pd.Series:
     """Title → count, most frequent first: the user's table, or all ratings of MovieLens-100K (no split: nothing here
     is predicted)."""
@@ -365,10 +357,8 @@ def open_case(case: Case, settings: Settings) -> Backbone:
 def drawn(model: Any, trie: TitleTrie, context: Sequence[int], n: int, seed: int, batch: int = 250) -> list[int]:
     """(n_leaves,) how often each title comes up in n draws, token by token under the tree's mask."""
     torch.manual_seed(seed)
-    counts = torch.zeros(len(trie.leaves), dtype=torch.long, device=model.device)
-    for start in range(0, n, batch):
-        prompts = torch.tensor([list(context)] * min(batch, n - start), device=model.device)
+    leaves = []
+    for prompts in torch.tensor([[*context]] * n, device=model.device).split(batch):
         ends = torch.full((len(prompts), 1), len(context), device=model.device)
-        leaves = sample_leaves(model, trie, prompts, torch.ones_like(prompts), ends)
-        counts += torch.bincount(trie.node_leaf[leaves.flatten()], minlength=len(counts))
-    return counts.tolist()
+        leaves.append(sample_leaves(model, trie, prompts, torch.ones_like(prompts), ends).flatten())
+    return torch.bincount(trie.node_leaf[torch.cat(leaves)], minlength=len(trie.leaves)).tolist()

@@ -17,8 +17,7 @@ SEEN = ("excluded", "allowed")
 METHOD_NAMES = {
     "exact_ce": "every edge (cross-entropy)", "exact_squared": "every edge (squared)", "subtree_ce": "drawn subtrees",
     "sft": "SFT", "subtb": "Flower's SubTB", "tb": "TB", "db": "DB", "modified_subtb": "modified SubTB",
-    "divergence": "Flower-KL's divergence", "dpo": "DPO", "rloo": "RLOO",
-}
+    "divergence": "Flower-KL's divergence", "dpo": "DPO", "rloo": "RLOO"}
 # folder that holds a step's settings.json → the notebook that writes it
 STEPS = {"data": "01_prepare_the_data.ipynb", "sft": "02_train_sft.ipynb", "flower": "03_train_flower.ipynb"}
 
@@ -67,10 +66,9 @@ def write_results(path: str | Path, rows: Sequence[Mapping[str, Any]],
     allowed = {"method": METHODS + FIT_LOSSES + PREFERENCE_LOSSES, "decoding": DECODINGS, "seen": SEEN}
     rounded = []
     for i, row in enumerate(rows):
-        for key, values in allowed.items():
-            if key in row and row[key] not in values:
-                raise ValueError(f"row {i}: {key} {row[key]!r} is not one of {', '.join(values)}")
         for key, value in row.items():
+            if value not in allowed.get(key, [value]):
+                raise ValueError(f"row {i}: {key} {value!r} is not one of {', '.join(allowed[key])}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"row {i}: {key} is {value}")
         rounded.append({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()})

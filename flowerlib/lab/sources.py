@@ -1,7 +1,6 @@
 """Where data and model come from: packages fetched once, users' files read and cleaned, processed tables.
 
-Readers raise FileNotFoundError for a missing file and ValueError for a malformed one; the message names file and line.
-"""
+Readers raise FileNotFoundError for a missing file, ValueError for a malformed one; the message names file and line."""
 
 import gzip
 import io
@@ -227,13 +226,12 @@ def _read_table(path: Path, sep: str, columns: list[str] | None = None) -> pd.Da
         raw, sep = raw.replace(sep.encode(), b"\t"), "\t"
     quote, malformed = '"' if sep == "," else False, []
     try:
-        table = csv.read_csv(
-            pa.BufferReader(raw + b"\n"),
-            csv.ReadOptions(column_names=columns, use_threads=False, block_size=min(len(raw) + 1, 2**31 - 1)),
-            csv.ParseOptions(delimiter=sep, quote_char=quote, newlines_in_values=bool(quote), ignore_empty_lines=False,
-                             invalid_row_handler=lambda row: malformed.append(row) or "skip"),
-            csv.ConvertOptions(default_column_type=pa.string()),
-        )
+        reading = csv.ReadOptions(column_names=columns, use_threads=False, block_size=min(len(raw) + 1, 2**31 - 1))
+        parsing = csv.ParseOptions(
+            delimiter=sep, quote_char=quote, newlines_in_values=bool(quote), ignore_empty_lines=False,
+            invalid_row_handler=lambda row: malformed.append(row) or "skip")
+        converting = csv.ConvertOptions(default_column_type=pa.string())
+        table = csv.read_csv(pa.BufferReader(raw + b"\n"), reading, parsing, converting)
     except pa.ArrowInvalid:
         raise ValueError(f"{path} cannot be read, end every quote") from None
     first = 1 if columns else 2 + "".join(table.column_names).count("\n")

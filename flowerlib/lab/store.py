@@ -1,8 +1,7 @@
 """Work that is kept: written whole or not at all, known by what it was made from, with its origin beside it.
 
 A kept thing is a JSON record, or a folder whose record is its made.json, written last. The record holds `made_from`,
-the settings and data that it depends on, and `provenance`. Nothing here removes kept work, readable or not.
-"""
+the settings and data that it depends on, and `provenance`. Nothing here removes kept work, readable or not."""
 
 import hashlib
 import json
@@ -87,11 +86,9 @@ def alone(folder: Path) -> Iterator[None]:
 @contextmanager
 def at_work(folder: Path, made_from: Mapping[str, Any], *content: str) -> Iterator[dict[str, Any] | None]:
     """The record of a folder's finished work, as `find` gives it; or None, and the folder is this process's `alone`."""
-    if record := find(folder / "made.json", made_from, *content):
-        yield record
-        return
-    with alone(folder):
-        yield find(folder / "made.json", made_from, *content)  # a neighbour may have come to its end
+    record = find(folder / "made.json", made_from, *content)
+    with nullcontext() if record else alone(folder):
+        yield record or find(folder / "made.json", made_from, *content)  # a neighbour may have come to its end
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -149,23 +146,20 @@ def keep(path: Path, made_from: Mapping[str, Any], source: Mapping[str, Any], **
 def provenance(settings: Mapping[str, Any], seconds: float, bfloat16: bool = False) -> dict[str, Any]:
     """Where a result comes from; call it when the result is computed. settings: all of them; seconds: that it took;
     bfloat16: whether a language model was trained in it. made_at is in UTC, matmul_1024_seconds the machine's speed."""
-    return {
-        "settings": dict(settings), "bfloat16": bfloat16, "seconds": round(seconds, 1),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
-        "threads": torch.get_num_threads(), "commit": commit(), "matmul_1024_seconds": matmul_seconds(),
-        "made_at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
-    }
+    return {"settings": dict(settings), "bfloat16": bfloat16, "seconds": round(seconds, 1),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+            "threads": torch.get_num_threads(), "commit": commit(), "matmul_1024_seconds": matmul_seconds(),
+            "made_at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())}
 
 
 @lru_cache
 def commit() -> str:
     """The commit of this code, "+changes" behind it where files differ from it; "unknown" outside a repository."""
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
+    asked, how = ("rev-parse --short=12 HEAD", "status --porcelain"), {"cwd": ROOT, "stderr": subprocess.DEVNULL}
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        head, changes = (subprocess.check_output(["git", *words.split()], text=True, **how).strip() for words in asked)
+        return head + "+changes" * bool(changes)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

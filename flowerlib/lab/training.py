@@ -16,18 +16,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, __version__, logging, set_seed,
-)
+from transformers import (PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, __version__,
+                          logging, set_seed)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import data
 from ..model import Backbone, Catalogue, context_limit, open_backbone, split_layers
-from ..train import (
-    OF_FLOWER, WIDTHS, Objective, Rows, TrainSettings, collate, make_rows, training_rows, validation_rows,
-)
+from ..train import (OF_FLOWER, WIDTHS, Objective, Rows, TrainSettings, collate, make_rows, training_rows,
+                     validation_rows)
 from ..tree import Beams, PackedTree, beam_search, left_padded, positions
 from . import sources, store
 
@@ -156,8 +154,7 @@ def computes_in_bfloat16() -> bool:
     """Whether this machine's GPU, or without one its CPU, has instructions for bfloat16; elsewhere it would be slow."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 @lru_cache
@@ -215,11 +212,9 @@ def finetune(backbone: Backbone, tables: data.Tables, settings: TrainSettings, f
         preference: p_ui, needed by every reward but "none". leaf_weights: as `Objective` takes them.
 
     Returns the log: columns step, loss, kind ("train" or "validation"), sft and flow (nats a token; nats² or nats a
-    node); and the folder of this training.
-
-    Raises ValueError: a title or a row is longer than the model's context; `dry_run` fails; sampled paths behind frozen
-    layers; a reward that is not positive; a batch that does not part evenly over the processes; another process trains
-    the same."""
+    node); and the folder of this training. Raises ValueError: a title or a row is longer than the model's context;
+    `dry_run` fails; sampled paths behind frozen layers; a reward that is not positive; a batch that does not part
+    evenly over the processes; another process trains the same."""
     settings = settings if log_item_rewards is not None else replace(settings, theta=1.0)
     if settings.theta < 1 and settings.frozen_layers and settings.paths != "logged":
         raise ValueError("paths that are drawn need every layer at hand: set frozen_layers and tuned_layers to 0 in 02")
@@ -274,8 +269,7 @@ def finetune(backbone: Backbone, tables: data.Tables, settings: TrainSettings, f
             items = hashlib.sha256((folder / "items.parquet").read_bytes()).hexdigest()
             source = store.provenance(asdict(settings), time.perf_counter() - start, arguments.bf16)
             source["resumed"] = last is not None  # then the seconds are those since
-            logged = json.loads(log.to_json(orient="records"))
-            store.keep(folder / "made.json", origin, source, log=logged, items=items)
+            store.keep(folder / "made.json", origin, source, log=json.loads(log.to_json(orient="records")), items=items)
         trainer.accelerator.wait_for_everyone()
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return log, folder
@@ -418,10 +412,9 @@ def trainer_arguments(settings: TrainSettings, folder: Path, n_rows: int) -> Tra
     arguments = TrainingArguments(
         str(folder), per_device_train_batch_size=at_a_time, per_device_eval_batch_size=2 * at_a_time,
         gradient_accumulation_steps=accumulated, learning_rate=settings.learning_rate, lr_scheduler_type="cosine",
-        warmup_steps=total // 20, max_steps=total, eval_strategy="steps", eval_steps=every, save_strategy="steps",
-        save_steps=every, save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss",
-        logging_steps=max(1, total // 50), report_to="none", seed=settings.seed, remove_unused_columns=False,
-        prediction_loss_only=True, disable_tqdm=True,
+        warmup_steps=total // 20, max_steps=total, eval_strategy="steps", eval_steps=every, save_steps=every,
+        save_total_limit=2, load_best_model_at_end=True, logging_steps=max(1, total // 50), report_to="none",
+        seed=settings.seed, remove_unused_columns=False, prediction_loss_only=True, disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),  # else several CPU processes would not know of each other
         bf16=settings.bfloat16 and computes_in_bfloat16(), dataloader_pin_memory=torch.cuda.is_available(),
     )
