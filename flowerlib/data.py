@@ -95,7 +95,6 @@ def is_blank(title: str) -> bool:
 
 def split_interactions(items: pd.DataFrame, interactions: pd.DataFrame, how: str, max_history: int) -> Tables:
     """Rows of (history, target, user_id, timestamp), one for every interaction with a predecessor, in three parts.
-
     A user's interactions are sorted by time, in the file's order where times are equal (MovieLens stamps rating
     sessions: half of its steps are ties). The history is the last `max_history` item ids before the target. Rows
     are ordered by user, in order of appearance, then by time. Raises ValueError: unknown `how`, max_history below 1.

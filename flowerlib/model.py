@@ -44,7 +44,6 @@ class Catalogue:
               rows: str = "sequence") -> Self:
         """Encodes titles and prompt. category: what the prompt calls an item ("movie"). rows: "sequence" (a list of
         titles that simply goes on) or "target" (an instruction, one title as answer).
-
         The terminator is the newline's token (without a blank that SentencePiece puts before it), else the end of text.
         Raises ValueError where the tokenizer has neither, a title encodes to nothing or holds the terminator, or two
         different titles have the same tokens.

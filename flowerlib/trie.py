@@ -30,7 +30,6 @@ class TitleTrie:
     def from_sequences(cls, sequences: Sequence[Sequence[int]] | np.ndarray | Tensor) -> Self:
         """Builds the tree from token sequences, each ending in its terminator: n_items token lists, or one
         (n_items, length) integer array padded on the right with -1.
-
         Raises ValueError: no items; an empty sequence; a negative or non-integer token; a sequence that continues
         another one, so that an inner node would be an item (their terminator is missing)."""
         flat, length = _flat(sequences)

@@ -1,5 +1,4 @@
 """Training without a notebook, for several devices: `accelerate launch -m flowerlib.lab.launch SFT --profile paper`.
-
 Run notebook 01 first, then this for SFT and for Flower. Notebooks 02 and 03 take up the finished training, if they get
 the same profile and parameters."""
 

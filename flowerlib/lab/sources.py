@@ -39,8 +39,7 @@ _RATING = ["userId", "movieId", "rating", "timestamp"]
 _MOVIELENS = {  # file of ratings, its separator and columns; file of films, the same (None: the first line names them)
     "u.data": ("\t", _RATING, "u.item", "|", ["movieId", "title", *map(str, range(22))]),
     "ratings.dat": ("::", _RATING, "movies.dat", "::", ["movieId", "title", "genres"]),
-    "ratings.csv": (",", None, "movies.csv", ",", None),
-}
+    "ratings.csv": (",", None, "movies.csv", ",", None)}
 
 
 class FetchError(RuntimeError):
@@ -227,11 +226,11 @@ def _read_table(path: Path, sep: str, columns: list[str] | None = None) -> pd.Da
     quote, malformed = '"' if sep == "," else False, []
     try:
         reading = csv.ReadOptions(column_names=columns, use_threads=False, block_size=min(len(raw) + 1, 2**31 - 1))
-        parsing = csv.ParseOptions(
-            delimiter=sep, quote_char=quote, newlines_in_values=bool(quote), ignore_empty_lines=False,
-            invalid_row_handler=lambda row: malformed.append(row) or "skip")
-        converting = csv.ConvertOptions(default_column_type=pa.string())
-        table = csv.read_csv(pa.BufferReader(raw + b"\n"), reading, parsing, converting)
+        parsing = csv.ParseOptions(delimiter=sep, quote_char=quote, newlines_in_values=bool(quote),
+                                   ignore_empty_lines=False,
+                                   invalid_row_handler=lambda row: malformed.append(row) or "skip")
+        strings = csv.ConvertOptions(default_column_type=pa.string())
+        table = csv.read_csv(pa.BufferReader(raw + b"\n"), reading, parsing, strings)
     except pa.ArrowInvalid:
         raise ValueError(f"{path} cannot be read, end every quote") from None
     first = 1 if columns else 2 + "".join(table.column_names).count("\n")
@@ -447,8 +446,7 @@ def _columns(path: str | Path, table: pd.DataFrame, *names: str, **renamed: str)
     """These columns alone, `renamed` from the file's names to ours. Each must stand there just once."""
     renamed = dict(zip(names, names)) | renamed
     for name in renamed.values():
-        n = list(table.columns).count(name)
-        if n != 1:
+        if (n := list(table.columns).count(name)) != 1:
             fault = f"two columns {name}, rename one" if n else f"no column {name}"
             has = ", ".join(map(str, table))
             raise ValueError(f"{path} has {fault}: it has {has:.200}" + ", in line 1" * (table.index.name == "line"))

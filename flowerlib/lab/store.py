@@ -157,21 +157,19 @@ def provenance(settings: Mapping[str, Any], seconds: float, bfloat16: bool = Fal
 def commit() -> str:
     """The commit of this code, "+changes" behind it where files differ from it; "unknown" outside a repository."""
     asked, how = ("rev-parse --short=12 HEAD", "status --porcelain"), {"cwd": ROOT, "stderr": subprocess.DEVNULL}
-    try:
+    with suppress(OSError, subprocess.CalledProcessError):
         head, changes = (subprocess.check_output(["git", *words.split()], text=True, **how).strip() for words in asked)
         return head + "+changes" * bool(changes)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return "unknown"
 
 
 @lru_cache
 def processor() -> str:
     """The processor's model name, as far as the system tells."""
-    try:
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()
 
 
 def matmul_seconds(during: float = 0.05) -> float:

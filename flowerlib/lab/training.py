@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, __version__,
-                          logging, set_seed)
+from transformers import (PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback,
+                          TrainingArguments, __version__, logging, set_seed)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
@@ -70,8 +70,7 @@ def run_trunk(rows: Rows, trunk: PreTrainedModel, folder: Path, name: str, batch
 
 def _check_room(folder: Path, needed: int) -> None:
     """Raises OSError where the disk has less than this many bytes free."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+    if needed > (free := shutil.disk_usage(folder).free):
         raise OSError(f"{folder} needs {needed >> 20:,} MB and the disk has {free >> 20:,} MB free: make room")
 
 
@@ -122,20 +121,18 @@ class FlowerTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class OneBar(TrainerCallback):
+class OneBar(ProgressCallback):
     """One tqdm bar over the steps, with the last losses beside it."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+    on_prediction_step = TrainerCallback.on_prediction_step  # no bar of its own
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.current_step = state.global_step
+        self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step",
+                                 disable=not state.is_world_process_zero)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        self.bar.set_postfix({k: f"{v:.3f}" for k, v in (logs or {}).items() if k in ("loss", "eval_loss")})
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
+        self.training_bar.set_postfix({k: f"{v:.3f}" for k, v in (logs or {}).items() if k in ("loss", "eval_loss")})
 
 
 def log_table(history: list[dict[str, float]], last_step: int | None = None) -> pd.DataFrame:
@@ -200,21 +197,20 @@ def finetune(backbone: Backbone, tables: data.Tables, settings: TrainSettings, f
              log_item_rewards: Tensor | None = None, preference: torch.nn.Module | None = None,
              leaf_weights: Tensor | None = None) -> tuple[pd.DataFrame, Path]:
     """Tunes the backbone's model in place and saves it, with tokenizer and items, ready for `recommend`.
-
     The checkpoint of the lowest validation loss stays. A killed run resumes from its last checkpoint, and a finished
     one is taken as it is, if settings and data are the same (`made_from`); others beside it stay as they are.
     Deviation: the paper stops once two validations in a row were no better; here all `epochs` are run.
+
+    Returns the log: columns step, loss, kind ("train" or "validation"), sft and flow (nats a token; nats² or nats a
+    node); and the folder of this training. Raises ValueError: a title or a row is longer than the model's context;
+    `dry_run` fails; sampled paths behind frozen layers; a reward that is not positive; a batch that does not part
+    evenly over the processes; another process trains the same.
 
     Args:
         folder: gets a folder <method>-<digest> for this training.
         cache: folder for the frozen layers' output, shared by the runs on one backbone.
         log_item_rewards: (n_items,) log R in nats for Flower; None is SFT.
-        preference: p_ui, needed by every reward but "none". leaf_weights: as `Objective` takes them.
-
-    Returns the log: columns step, loss, kind ("train" or "validation"), sft and flow (nats a token; nats² or nats a
-    node); and the folder of this training. Raises ValueError: a title or a row is longer than the model's context;
-    `dry_run` fails; sampled paths behind frozen layers; a reward that is not positive; a batch that does not part
-    evenly over the processes; another process trains the same."""
+        preference: p_ui, needed by every reward but "none". leaf_weights: as `Objective` takes them."""
     settings = settings if log_item_rewards is not None else replace(settings, theta=1.0)
     if settings.theta < 1 and settings.frozen_layers and settings.paths != "logged":
         raise ValueError("paths that are drawn need every layer at hand: set frozen_layers and tuned_layers to 0 in 02")
@@ -289,8 +285,7 @@ def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, parts: Sequence
         raise ValueError(f"item {item}, {catalogue.titles[item][:60]!r}, has {len(sequence)} tokens; prompt and title "
                          f"together may have {limit}, the model's context or sliding window: shorten the title, or "
                          "take another model")
-    longest = max(len(ids) for rows in parts for ids in rows.input_ids) + catalogue.trie.max_depth
-    if longest > limit:
+    if (longest := max(len(ids) for rows in parts for ids in rows.input_ids) + catalogue.trie.max_depth) > limit:
         raise ValueError(f"a row may grow to {longest} tokens and the model reads {limit}: lower max_history, or "
                          f"shorten the longest title, {catalogue.titles[item][:60]!r} of {len(sequence)} tokens")
 
