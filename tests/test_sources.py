@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from flowerlib import data
-from flowerlib.lab import sources, store, training
+from flowerlib.lab import sources, training
 from flowerlib.lab.settings import settings
 
 prove = hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
@@ -186,8 +185,6 @@ def test_interrupted_leaves_nothing_and_the_next_try_works(package, folder, call
 
 def test_what_a_killed_process_left_is_removed(package, folder, calls):
     (folder.parent / ".toy.abc" / "toy").mkdir(parents=True)
-    lock = put(folder.parent / ".toy.abc" / store.SCRATCH, "")
-    os.utime(lock, (0, 0))
     (folder.parent / ".other.abc").mkdir()
     sources._fetch(folder, **package)
     assert left(folder) == [".other.abc", "toy"]

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import reprlib
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -87,6 +88,8 @@ def _fetch(folder: Path, notice: str, pinned: str, sha256: str, members: Sequenc
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if folder.is_dir():
             return folder
+        for leftover in folder.parent.glob(f".{folder.name}.*/"):  # of a process that was killed
+            shutil.rmtree(leftover)
         print(f"fetching {notice} into {folder.parent.name}/{folder.name}", flush=True)
         try:
             with atomic(folder) as new:
