@@ -290,7 +290,8 @@ def frontier(axes: Axes, rows: Rows, accuracy: str, unfairness: str = "dgu", tit
     best, fairest = max(rows, key=lambda row: row[accuracy]), min(rows, key=lambda row: row[unfairness])
     size = METRIC_LABELS[unfairness].split()[0]
     head = (f"Most accurate: {best['method']} ({accuracy.upper()}\xa0{best[accuracy]:.3f}, {size}\xa0"
-            f"{best[unfairness]:.2f}); fairest: {fairest['method']} ({fairest[accuracy]:.3f}, {fairest[unfairness]:.2f})")
+            f"{best[unfairness]:.2f}); fairest: {fairest['method']} "
+            f"({fairest[accuracy]:.3f}, {fairest[unfairness]:.2f})")
     return _dressed(axes, title or head, xlabel=METRIC_LABELS[unfairness], ylabel=accuracy.upper(), xlim=(0, None))
 
 

@@ -58,7 +58,7 @@ def plain(text: str) -> str:
 def lists_table(rows: Sequence[Mapping[str, Any]], *without: str) -> str:
     """Lists of all test users as Markdown, with 95% intervals, most accurate first; without: entries to leave out."""
     table = [dict(row) for row in rows if row.get("part", "test") == "test"]
-    k = max(int(match[1]) for row in table for name in row if (match := re.fullmatch(r"ndcg@(\d+)", name)))
+    k = max(int(match[1]) for name in table[0] if (match := re.fullmatch(r"ndcg@(\d+)", name)))
     table.sort(key=lambda row: (row["seen"] == "allowed", "normalised" in row["decoding"], -row.get(f"ndcg@{k}", 2)))
     for row in table:
         settings = [text.format(row[key]) for key, text in SETTINGS.items() if key in row]
