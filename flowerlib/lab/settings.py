@@ -66,7 +66,7 @@ class Settings(TrainSettings):
     temperature: float = setting(1.5, low=1e-9)  # of the baseline "Temperature" (the paper's)
     one_target: bool = True  # IFairLRS, and SFT beside it, on one-target rows of equally many tokens
     valid_users: int = 400  # validation users that select the settings (0: all)
-    decoding_users: int = 300  # test users for all decodings of SFT and Flower-KL (0: all)
+    decoding_users: int = 300  # test users of the second exercise (0: all)
     exact_users: int = 24  # test users whose distribution over the whole catalogue is computed (0: none)
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ PROFILES: dict[str, Settings] = {
     "laptop": Settings(),
     "study": Settings(
         profile="study", epochs=3.0, evaluations=6, n_seeds=5, sweep=((0, 0.1), (-0.25, 0.1), (-0.5, 0.1)), design=True,
-        valid_users=0, decoding_users=0, exact_users=100,
+        valid_users=0, exact_users=100,
     ),
     "paper": Settings(
         profile="paper", dataset="video_games", data_path="data/video_games", category="video game", split="time",
