@@ -129,7 +129,7 @@ def test_the_pages_state_what_the_results_files_hold():
         assert len(re.findall(line, texts[publish.FOLDER / "README.md"])) == 1, name
     profiles = {store.read_json(path)["provenance"]["settings"]["profile"]
                 for path in publish.FIGURES.glob("0*.json") if path.name[:2] != "00" and path.name != "08_bench.json"}
-    assert profiles == {"laptop"}
+    assert profiles == {"laptop", "study"}
 
 
 def test_what_the_pages_name_is_there():
