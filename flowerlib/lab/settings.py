@@ -71,8 +71,10 @@ class Settings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.guides or not all(isinstance(w, (int, float)) and 0 <= w <= 1 for w in self.guides):
-            raise ValueError(f"guides is {list(self.guides)}: name one weight from 0 to 1 at least")
+        for name, low, high in (("guides", 0, 1), ("alphas", -100, 100)):
+            numbers = list(getattr(self, name))
+            if not numbers or not all(isinstance(x, (int, float)) and low <= x <= high for x in numbers):
+                raise ValueError(f"{name} is {numbers}: name one number from {low} to {high} at least")
         try:
             good = self.sweep and all(-100 <= alpha <= 100 and 0 <= theta <= 1 for alpha, theta in self.sweep)
         except (TypeError, ValueError):  # no numbers, no pairs
