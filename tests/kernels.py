@@ -41,7 +41,8 @@ class Forked:
         tests = os.path.dirname(__file__)
         path = [place for place in sys.path if place and not os.path.abspath(place).startswith(tests)]
         here, there = FORKING.Pipe(duplex=False)
-        self.process = FORKING.Process(target=_kernel, args=(there, command[3:], env, os.path.abspath(cwd), path), daemon=True)
+        told = there, command[3:], env, os.path.abspath(cwd), path
+        self.process = FORKING.Process(target=_kernel, args=told, daemon=True)
         self.process.start()
         there.close()  # a child that fails ends the wait
         self.pid = here.recv()
