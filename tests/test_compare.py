@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -15,11 +16,12 @@ KEYS = ("method", "decoding", "seed", "trainings", "ndcg@10", "hr@10", "dgu", "m
         "mgu_next", "arp", "aplt", "h_bits", "ttr", "distinct", "coverage", "gini")
 
 
-def test_the_closest_to_the_next_choices_that_is_as_accurate_is_selected_or_else_the_most_accurate():
-    rows = [{"ndcg@10": n, "mgu_next": d} for n, d in ((0.10, 0.3), (0.09, 0.1), (0.05, 0.01))]
-    assert compare.select(rows, {"ndcg@10": 0.09}, "ndcg@10") is rows[1]
-    assert compare.select(rows, {"ndcg@10": 0.1}, "ndcg@10") is rows[0]
-    assert compare.select(rows, {"ndcg@10": 0.2}, "ndcg@10") is rows[0]
+def test_the_closest_to_the_next_choices_that_is_as_accurate_and_as_diverse_is_selected_or_else_the_most_accurate():
+    figures = (0.10, 0.3, 8), (0.09, 0.1, 8), (0.05, 0.01, 9), (0.11, 0.01, 6)
+    rows = [{"ndcg@10": n, "mgu_next": d, "h_bits": h} for n, d, h in figures]
+    assert compare.select(rows, {"ndcg@10": 0.09, "h_bits": 7}, "ndcg@10") is rows[1]
+    assert compare.select(rows, {"ndcg@10": 0.1, "h_bits": 8}, "ndcg@10") is rows[0]
+    assert compare.select(rows, {"ndcg@10": 0.2, "h_bits": 7}, "ndcg@10") is rows[3]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,15 @@ def test_its_settings_are_those_of_the_run_and_what_is_given(smoke, comparison):
         compare.Comparison(smoke, beams=3)
     with pytest.raises(FileNotFoundError, match="run notebooks/01_prepare_the_data.ipynb"):
         compare.Comparison(smoke / "nowhere")
+
+
+def test_a_user_stands_there_once(copy):
+    """Rows of one user would count as independent in the intervals."""
+    place = copy / "data" / "test.parquet"
+    rows = pd.read_parquet(place, dtype_backend="pyarrow")
+    pd.concat([rows, rows.iloc[:3], rows.iloc[:1]]).to_parquet(place, index=False)
+    doubled = compare.Comparison(copy)
+    assert len(doubled.users["test"]) == rows.user_id.nunique() == len(rows)
 
 
 def test_users_are_drawn_by_the_seed_and_stay_beside_their_rows(comparison):
@@ -255,11 +266,27 @@ def test_the_results_hold_every_key_with_its_interval(smoke):
 
 def test_settings_are_selected_on_validation_users(smoke):
     swept = runs.read_results(smoke / "results" / "07_sweep.json")
-    assert {row["part"] for row in swept} == {"valid", "valid, design"}
-    designed = [row for row in swept if row["part"] == "valid, design"]
-    assert len(designed) == 15 and {row["flow"] for row in designed} == {"subtb", "divergence"}
+    assert {row["part"] for row in swept} == {"valid"}
+    flower = [(row["reward"], row["theta"]) for row in swept if row["method"] == "Flower"]
+    assert flower == [*PROFILES["smoke"].flower_sweep]
     tilted = [row for row in swept if row["method"] == "SFT, α while decoding"]
     assert [row.get("decoding_alpha", 0.0) for row in tilted] == list(PROFILES["smoke"].alphas)
+
+
+def test_the_design_stands_beside_sft_of_as_many_passes(smoke):
+    designed = runs.read_results(smoke / "results" / "07_design.json")
+    assert {row["part"] for row in designed} == {"valid, one pass"} and len(designed) == 16
+    assert [row["flow"] for row in designed].count("none") == 1 and designed[0]["method"] == "SFT"
+
+
+def test_other_decodings_stand_beside_the_first_training(smoke):
+    rows = runs.read_results(smoke / "results" / "07_which_title_next.json")
+    of_sft = {(row["decoding"], row["seen"]): row["trainings"] for row in rows if row["method"] == "SFT"}
+    assert of_sft == {("beam", "excluded"): PROFILES["smoke"].n_seeds, ("beam", "allowed"): 1,
+                      ("beam_normalised", "excluded"): 1, ("beam_normalised", "allowed"): 1}
+    as_in_paper = runs.read_results(smoke / "results" / "07_as_in_paper.json")
+    assert [row["method"] for row in as_in_paper].count("Flower") == 2
+    assert all(row["DGU / SFT's"] == 1 for row in as_in_paper if row["method"] == "SFT")
 
 
 def test_weights_and_rewards_are_of_all_rows(comparison):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 
 import nbformat
 import pytest
@@ -115,6 +116,21 @@ def test_one_notebook_alone_takes_up_the_last_run(house, monkeypatch):
     with pytest.raises(SystemExit):
         run(monkeypatch, reproduce.SPEED)  # bench.json is missing
     assert len(calls) == 1
+
+
+def test_what_a_study_has_made_is_packed_without_its_data(house, monkeypatch):
+    root, _ = house
+    study = root / "runs" / "study"
+    made = ("lists/SFT-1.json", "exact/SFT-2.json", "preference/p_ui-3/made.json", "preference/p_ui-3/model.safetensors")
+    for name in (*made, "data/train.parquet", "sft/SFT-1/made.json", "results/07_lists.parquet"):
+        (study / name).parent.mkdir(parents=True, exist_ok=True)
+        (study / name).write_text(name)
+    nbformat.write(notebook(("1", {})), root / "notebooks" / reproduce.COMPARISON)
+    run(monkeypatch, reproduce.COMPARISON)
+    with zipfile.ZipFile(root / "figures" / "07_made.zip") as packed:
+        assert packed.namelist() == sorted(made)
+        packed.extractall(root / "new")
+    assert (root / "new" / made[0]).read_text() == made[0]
 
 
 def test_the_pages_state_what_the_results_files_hold():

@@ -48,9 +48,9 @@ def test_a_name_of_a_loss_is_one_of_the_library():
 
 def test_lists_are_lists_in_parameters_in_json_and_in_the_shell():
     own = settings("smoke", sweep=[[-1, 0.5], [0, 1]], guides=[0.1, 1], methods=["exact_ce", "sft"],
-                   fit_paths=["policy"], flower_rewards=[])
+                   fit_paths=["policy"], flower_sweep=[["add", 1]])
     assert own.sweep == ((-1, 0.5), (0, 1)) and own.guides == (0.1, 1) and own.fit_paths == ("policy",)
-    assert own.methods == ("exact_ce", "sft") and own.flower_rewards == ()
+    assert own.methods == ("exact_ce", "sft") and own.flower_sweep == (("add", 1),)
     assert Settings(**json.loads(json.dumps(asdict(own)))) == own and hash(own)
     assert literal("sweep=[[-1, 0.5]]") == ("sweep", [[-1, 0.5]])
     assert literal("methods=['sft']") == ("methods", ["sft"]) and literal("seed=3") == ("seed", 3)
@@ -92,8 +92,10 @@ def test_lists_are_lists_in_parameters_in_json_and_in_the_shell():
         ({"alphas": [0, float("nan")]}, "name one number from -100 to 100"),
         ({"guides": ["much"]}, "name one number from 0 to 1"),
         ({"guides": [0.5, 2]}, "name one number from 0 to 1"),
-        ({"flower_rewards": ["none", "mul"]}, "flower_rewards has 'mul': choose of none, div, add"),
-        ({"flower_rewards": ["exact"]}, "flower_rewards has 'exact'"),  # Flower-KL's
+        ({"flower_sweep": []}, r"write \[\[reward, theta\], …\], reward none, div or add"),
+        ({"flower_sweep": [["mul", 0.9]]}, "reward none, div or add"),
+        ({"flower_sweep": [["exact", 0.9]]}, "reward none, div or add"),  # Flower-KL's
+        ({"flower_sweep": [["div", 2]]}, "theta from 0 to 1"),
         ({"methods": ["sft", "ppo"]}, "methods has 'ppo': choose of exact_ce, .*rloo"),
         ({"fit_paths": ["logged"]}, "fit_paths has 'logged': choose of reward, policy, schedule"),
     ],
@@ -169,5 +171,5 @@ def test_one_name_means_one_thing():
             assert all(first[name] == second[name] for name in first.keys() & second.keys())
     shared = {name for one in NUMBERED for other in NUMBERED if one != other
               for name in declared(one).keys() & declared(other).keys()}
-    assert shared - {"PROFILE", "OUT"} == {"seed", "model", "frozen_layers", "learning_rate", "n_seeds", "n_beams",
-                                           "test_rows"}
+    assert shared - {"PROFILE", "OUT"} == {"seed", "model", "frozen_layers", "learning_rate", "epochs", "n_seeds",
+                                           "n_beams", "test_rows"}

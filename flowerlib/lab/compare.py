@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,7 +29,8 @@ Lists = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Users:
-    """Rows of a part of the split: item positions in histories and seen, leaf ids in targets, (U, L) log p_ui."""
+    """One row of a part of the split for each user: item positions in histories and seen, leaf ids in targets, (U, L)
+    log p_ui."""
 
     histories: list[list[int]]
     seen: list[list[int]]
@@ -71,7 +73,8 @@ class Comparison:
     """Data and preference model of a run's notebook 01, and what is done on them: trainings, lists, distributions.
 
     Attributes:
-        settings: of the run. titles: (L,) by leaf. counts: (L,) training interactions. users: of "valid" and "test".
+        settings: of the run. titles: (L,) by leaf. counts: (L,) training interactions. users: of "valid" and "test";
+            of a user with several rows there, one that the seed draws, so that the users are independent.
         sources: provenance of all work that was asked for, of trainings and of what was made with their models.
     """
 
@@ -86,10 +89,14 @@ class Comparison:
         self.preference = load_preference(out)
         self.users: dict[str, Users] = {}
         for part in ("valid", "test"):
-            histories, targets = data.row_positions(self.tables, getattr(self.tables, part))
-            seen = data.seen_positions(self.tables, part)
+            rows = getattr(self.tables, part)
+            owner = rows.user_id if "user_id" in rows else np.arange(len(rows))
+            drawn = np.random.default_rng(self.settings.seed).permutation(len(rows))
+            one_each = np.sort(drawn[~pd.Series(np.asarray(owner)[drawn]).duplicated()])
+            histories, targets = data.row_positions(self.tables, rows.iloc[one_each])
+            seen_by_row = data.seen_positions(self.tables, part)
             log_p = self.preference.after([self.item_leaf[history].tolist() for history in histories])
-            self.users[part] = Users(histories, seen, self.item_leaf[targets], log_p)
+            self.users[part] = Users(histories, [seen_by_row[i] for i in one_each], self.item_leaf[targets], log_p)
         self.sources: list[Mapping[str, Any]] = []
         self._open: tuple[Contender, PreTrainedModel, Catalogue, Path] | None = None
 
@@ -222,7 +229,7 @@ class Comparison:
 
 
 def select(rows: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], accuracy: str) -> Mapping[str, Any]:
-    """Of the rows at least as accurate as the reference, the one whose popularity groups are closest to the next
-    choices' (lowest mgu_next); without any, the most accurate."""
-    able = [row for row in rows if row[accuracy] >= reference[accuracy]]
+    """Of the rows at least as accurate and as diverse (h_bits) as the reference, the one whose popularity groups are
+    closest to the next choices' (lowest mgu_next); without any, the most accurate."""
+    able = [row for row in rows if all(row[name] >= reference[name] for name in (accuracy, "h_bits"))]
     return min(able, key=lambda row: row["mgu_next"]) if able else max(rows, key=lambda row: row[accuracy])

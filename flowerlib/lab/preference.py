@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, logging, set_seed
+from transformers import (
+    EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, logging, set_seed,
+)
 from transformers.utils import ModelOutput
 
 from .. import data, metrics
@@ -101,7 +103,8 @@ def train_preference(
     settings: Settings, folder: Path,
 ) -> tuple[PreferenceModel, pd.DataFrame, Path]:
     """Trains p_ui and saves it, by the weights of the lowest validation loss, in a folder p_ui-<digest> under `folder`.
-    A finished training of the same settings and data is taken as it is.
+    A finished training of the same settings and data is taken as it is. It stops early, once two validations in a row
+    were no better than the best, as the paper does.
 
     Args:
         sequences: each user's training titles as leaf ids, oldest first. histories, targets: the validation rows.
@@ -134,7 +137,8 @@ def train_preference(
         arguments = trainer_arguments(replace(settings, **how), folder / "checkpoints", len(rows))
         arguments.logging_steps = arguments.eval_steps
         logging.set_verbosity_error()
-        trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=valid, callbacks=[OneBar()],
+        trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=valid,
+                          callbacks=[OneBar(), EarlyStoppingCallback(early_stopping_patience=2)],
                           data_collator=lambda batch: _collate(batch, n_leaves))
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))

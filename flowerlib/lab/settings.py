@@ -61,7 +61,7 @@ class Settings(TrainSettings):
     sweep: tuple[tuple[float, float], ...] = ((0, 0.5), (-0.5, 0.5), (-0.5, 0.1), (-1, 0.5))  # Flower-KL's alpha, theta
     alphas: tuple[float, ...] = (0.0, -0.1, -0.25, -0.5)  # of the count while decoding, tried on validation users
     design: bool = False  # loss, reward, weight and counts one at a time, on validation users
-    flower_rewards: tuple[str, ...] = setting(("none", "div", "add"), choices=("none", "div", "add"))  # the paper's
+    flower_sweep: tuple[tuple[str, float], ...] = (("div", 0.995), ("div", 0.9), ("add", 0.995))  # Flower's reward, …
     guides: tuple[float, ...] = (0.3, 0.5, 0.7)  # weights of D3's preference, tried on validation users
     temperature: float = setting(1.5, low=1e-9)  # of the baseline "Temperature" (the paper's)
     one_target: bool = True  # IFairLRS, and SFT beside it, on one-target rows of equally many tokens
@@ -75,30 +75,36 @@ class Settings(TrainSettings):
             numbers = list(getattr(self, name))
             if not numbers or not all(isinstance(x, (int, float)) and low <= x <= high for x in numbers):
                 raise ValueError(f"{name} is {numbers}: name one number from {low} to {high} at least")
-        try:
-            good = self.sweep and all(-100 <= alpha <= 100 and 0 <= theta <= 1 for alpha, theta in self.sweep)
-        except (TypeError, ValueError):  # no numbers, no pairs
-            good = False
-        if not good:
-            raise ValueError(f"sweep is {[*self.sweep]}: write [[alpha, theta], …], |alpha| ≤ 100, theta from 0 to 1")
+        for name, first, able in (("sweep", "alpha", lambda alpha: -100 <= alpha <= 100),
+                                  ("flower_sweep", "reward", ("none", "div", "add").__contains__)):
+            pairs = getattr(self, name)
+            try:
+                good = pairs and all(able(one) and 0 <= theta <= 1 for one, theta in pairs)
+            except (TypeError, ValueError):  # no numbers, no pairs
+                good = False
+            if not good:
+                of = "|alpha| ≤ 100" if first == "alpha" else "reward none, div or add"
+                raise ValueError(f"{name} is {[*pairs]}: write [[{first}, theta], …], {of}, theta from 0 to 1")
 
 
 PROFILES: dict[str, Settings] = {
     "smoke": Settings(
         profile="smoke", max_items=80, max_users=60, max_history=8, preference_size=16, model="tiny", frozen_layers=1,
         tuned_layers=1, bfloat16=False, learning_rate=3e-3, batch_size=8, epochs=6.0, evaluations=2, n_seeds=2,
-        sweep=((-0.25, 0.5), (-1.0, 0.2)), design=True, valid_users=20, decoding_users=20, exact_users=4,
+        sweep=((-0.25, 0.5), (-1.0, 0.2)), flower_sweep=(("div", 0.995), ("add", 0.9)), design=True, valid_users=20,
+        decoding_users=20, exact_users=4,
     ),
     "laptop": Settings(),
     "study": Settings(
-        profile="study", epochs=3.0, evaluations=6, n_seeds=5, sweep=((0, 0.1), (-0.25, 0.1), (-0.5, 0.1)), design=True,
+        profile="study", epochs=2.0, evaluations=4, n_seeds=5, sweep=((0, 0.1), (-0.25, 0.1), (-0.5, 0.1)), design=True,
         valid_users=0, exact_users=100,
     ),
     "paper": Settings(
         profile="paper", dataset="video_games", data_path="data/video_games", category="video game", split="time",
         max_history=10, model="Qwen/Qwen2.5-1.5B", frozen_layers=0, tuned_layers=0, cut_vocabulary=False,
         rows="target", learning_rate=3e-4, batch_size=256, epochs=7.0, evaluations=7, valid_users=0, counts="windowed",
-        reward="div", alpha=1.0, flow="subtb", theta=0.9995, paths="policy", flower_rewards=("none", "add"),
+        reward="div", alpha=1.0, flow="subtb", theta=0.9995, paths="policy",
+        flower_sweep=(("div", 0.9995), ("none", 0.9995), ("add", 0.9995)),
         sweep=((1, 0.99), (1, 0.995), (1, 0.999), (1, 0.9995), (1, 0.9999)), decoding_users=0, exact_users=200,
     ),
 }
