@@ -229,7 +229,7 @@ class Comparison:
 
 
 def select(rows: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], accuracy: str) -> Mapping[str, Any]:
-    """Of the rows at least as accurate and as diverse (h_bits) as the reference, the one whose popularity groups are
-    closest to the next choices' (lowest mgu_next); without any, the most accurate."""
-    able = [row for row in rows if all(row[name] >= reference[name] for name in (accuracy, "h_bits"))]
+    """Of the rows at least as accurate as the reference, the one whose popularity groups are closest to the next
+    choices' (lowest mgu_next); without any, the most accurate."""
+    able = [row for row in rows if row[accuracy] >= reference[accuracy]]
     return min(able, key=lambda row: row["mgu_next"]) if able else max(rows, key=lambda row: row[accuracy])
