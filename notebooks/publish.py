@@ -42,7 +42,10 @@ def filled(page: str) -> str:
     rows = {path.stem: runs.read_results(path) for path in FIGURES.glob("0[1-8]_*.json")}
     short = [row for row in rows["04_bias_and_diversity"] if row["seen"] == "excluded"]
     short += [row for row in rows["01_preference"] if row["method"] == "Preference"]
+    studies = {"MovieLens-100K": "07_which_title_next", "Video Games": "07_video_games"}
+    studies = {data: rows[name] for data, name in studies.items() if name in rows}
     tables = {
+        "verdict": report.verdict_table(rows["05_fit_a_known_distribution"], studies),
         "results": report.lists_table(short, "seen", "mgu", "ttr", "gini"),
         "comparison": report.lists_table(rows["04_bias_and_diversity"]),
         "next": report.lists_table(rows["07_which_title_next"], "mgu", "ttr", "gini"),

@@ -16,9 +16,9 @@ KEYS = ("method", "decoding", "seed", "trainings", "ndcg@10", "hr@10", "dgu", "m
         "mgu_next", "arp", "aplt", "h_bits", "ttr", "distinct", "coverage", "gini")
 
 
-def test_the_closest_to_the_next_choices_that_is_as_accurate_is_selected_or_else_the_most_accurate():
+def test_the_closest_to_the_next_choices_that_is_level_with_sft_is_selected_or_else_the_most_accurate():
     rows = [{"ndcg@10": n, "mgu_next": d} for n, d in ((0.10, 0.3), (0.09, 0.1), (0.05, 0.01))]
-    assert compare.select(rows, {"ndcg@10": 0.09}, "ndcg@10") is rows[1]
+    assert compare.select(rows, {"ndcg@10": 0.0945}, "ndcg@10") is rows[1]  # 95% of it are 0.0898
     assert compare.select(rows, {"ndcg@10": 0.1}, "ndcg@10") is rows[0]
     assert compare.select(rows, {"ndcg@10": 0.2}, "ndcg@10") is rows[0]
 
@@ -275,7 +275,7 @@ def test_settings_are_selected_on_validation_users(smoke):
 
 def test_the_design_stands_beside_sft_of_as_many_passes(smoke):
     designed = runs.read_results(smoke / "results" / "07_design.json")
-    assert {row["part"] for row in designed} == {"valid, one pass"} and len(designed) == 16
+    assert {row["part"] for row in designed} == {"valid, one pass"} and len(designed) == 20
     assert [row["flow"] for row in designed].count("none") == 1 and designed[0]["method"] == "SFT"
 
 
@@ -310,7 +310,7 @@ def test_the_results_say_how_long_their_models_were_trained(smoke):
 
 def test_the_bias_is_taken_apart(smoke):
     steps = runs.read_results(smoke / "results" / "07_exact.json")
-    assert {row["model"] for row in steps} == {"SFT", "Flower-KL", "p_ui on the tree"}
+    assert {row["model"] for row in steps} == {"SFT", "Flower-KL", "reward on the tree"}
     shares = {(row["model"], row["seen"], row["step"]): row["shares"] for row in steps}
     for share in shares.values():
         assert sum(share) == pytest.approx(1)

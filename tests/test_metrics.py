@@ -197,6 +197,11 @@ def test_paired_comparison(shop):
         assert lo <= difference <= hi
         np.testing.assert_allclose(back[name], (-difference, -hi, -lo), atol=1e-12)
     assert forth["gini"][1] > 0 and forth["distinct"][2] < 0
+    p, turned = (metrics.p_values(*pair, targets, counts, titles, n_bootstrap=200) for pair in ((a, b), (b, a)))
+    assert p == pytest.approx(turned) and min(p.values()) >= 2 / 201 and set(metrics.p_values(
+        a, a, targets, counts, titles, n_bootstrap=50).values()) == {1.0}
+    for name, (_, lo, hi) in forth.items():
+        assert (lo <= 0 <= hi) == (p[name] > 0.05) or 0.02 < p[name] < 0.1, name
 
     b = a.copy()
     b[:5, 9] = -1  # nearly the same lists: the paired interval is far narrower than one method's own

@@ -8,6 +8,7 @@ import pytest
 
 from flowerlib.lab import report, reproduce, runs, store
 
+FIT = {"target": "counts", "n_titles": 100, "budget": 9, "seed": 0}
 METRICS = {"mgu": 0.05, "h_bits": 7.123, "ttr": 0.1, "distinct": 20.0, "gini": 0.9, "ndcg@1": 0.1}
 LISTS = {"method": "SFT", "decoding": "beam_normalised", "seen": "excluded", "trainings": 2} | METRICS
 for name in ("hr@10", "ndcg@10", "dgu"):
@@ -20,6 +21,36 @@ def cells(table):
     assert len({len(line) for line in lines}) == len({len(line) for line in table.splitlines()}) == 1
     assert set(lines[1]) == {"---"}
     return lines[:1] + lines[2:]
+
+
+def test_the_verdict_by_hand():
+    known = FIT | {"paths": "reward"}
+    fit = [known | {"method": "sft", "kl_target_model": kl, "catalogue_mass": 0.9} for kl in (0.3, 0.2, 0.1)]
+    fit += [known | {"method": "subtb", "kl_target_model": 0.05, "catalogue_mass": 0.8},
+            known | {"method": "subtb", "budget": 99, "kl_target_model": 0.9, "catalogue_mass": 0.9},
+            known | {"method": "subtb", "paths": "policy", "kl_target_model": 9.0, "catalogue_mass": 0.9}]
+
+    def flower(**differences):
+        ends = [("", 0), ("_lo", -0.05), ("_hi", 0.05)]
+        own = {f"{name}_minus_sft{end}": d + e for name, (d, _) in differences.items() for end, e in ends}
+        return LISTS | {"decoding": "beam", "method": "Flower", "dgu": 0.1} | own | {
+            f"{name}_minus_sft_p": p for name, (_, p) in differences.items()}
+
+    sft, other = LISTS | {"decoding": "beam"}, {"seen": "allowed", "decoding": "beam", "method": "Flower", "dgu": 0.9}
+    names = {"ndcg@10": (-0.01, 1.0), "h_bits": (0.1, 0.06)}
+    good, bad = flower(dgu=(-0.1, 0.01), **names), flower(dgu=(0.1, 0.01), **names)
+    head, *lines = cells(report.verdict_table(fit, {"a": [sft, good, other], "b": [sft, bad]}))
+    assert head == ["claim", "paper", "ours", "verdict"]
+    assert lines[0][1:] == ["2.193 → 0.246", "0.200 → 0.050 on the tree; mass on the titles 0.900 → 0.800", "in part"]
+    assert lines[1][2:] == ["a: 0.200 → 0.100, difference -0.100 [-0.150, -0.050]; "
+                            "b: 0.200 → 0.100, difference 0.100 [0.050, 0.150]", "in part"]
+    assert [line[-1] for line in lines[2:]] == ["undecided", "undecided", "not tested", "not tested"]
+    alone = [line[-1] for line in cells(report.verdict_table([], {"b": [sft, bad]}))[1:]]
+    assert alone == ["not tested", "contradicted", "undecided", "undecided", "not tested", "not tested"]
+    level = [sft, flower(**{"ndcg@5": (0.04, 1.0), "h_bits": (0.1, 0.04)}) | {"ndcg@5": 0.3}]
+    level[0]["ndcg@5"] = 0.3
+    assert [line[-1] for line in cells(report.verdict_table([], {"c": level}))[2:5]] == [
+        "not tested", "borne out", "borne out"]
 
 
 def test_numbers_in_tables():

@@ -47,10 +47,10 @@ def test_a_name_of_a_loss_is_one_of_the_library():
 
 
 def test_lists_are_lists_in_parameters_in_json_and_in_the_shell():
-    own = settings("smoke", sweep=[[-1, 0.5], [0, 1]], guides=[0.1, 1], methods=["exact_ce", "sft"],
-                   fit_paths=["policy"], flower_sweep=[["add", 1]])
-    assert own.sweep == ((-1, 0.5), (0, 1)) and own.guides == (0.1, 1) and own.fit_paths == ("policy",)
-    assert own.methods == ("exact_ce", "sft") and own.flower_sweep == (("add", 1),)
+    own = settings("smoke", sweep=[[-1, 0.5], [0, 0]], guides=[0.1, 1], methods=["exact_ce", "sft"],
+                   fit_paths=["policy"], flower_sweep=[["add", 0]])
+    assert own.sweep == ((-1, 0.5), (0, 0)) and own.guides == (0.1, 1) and own.fit_paths == ("policy",)
+    assert own.methods == ("exact_ce", "sft") and own.flower_sweep == (("add", 0),)
     assert Settings(**json.loads(json.dumps(asdict(own)))) == own and hash(own)
     assert literal("sweep=[[-1, 0.5]]") == ("sweep", [[-1, 0.5]])
     assert literal("methods=['sft']") == ("methods", ["sft"]) and literal("seed=3") == ("seed", 3)
@@ -86,7 +86,7 @@ def test_lists_are_lists_in_parameters_in_json_and_in_the_shell():
         ({"sweep": [[-1]]}, r"write \[\[alpha, theta\], …\]"),
         ({"sweep": [0, 0.5]}, r"write \[\[alpha, theta\], …\]"),
         ({"sweep": [["a", "b"]]}, r"write \[\[alpha, theta\], …\]"),
-        ({"sweep": [[0, 0.5], [0, 5]]}, "theta from 0 to 1"),
+        ({"sweep": [[0, 0.5], [0, 1]]}, "theta from 0 to below 1"),
         ({"guides": []}, "name one number from 0 to 1"),
         ({"alphas": []}, "name one number from -100 to 100"),
         ({"alphas": [0, float("nan")]}, "name one number from -100 to 100"),
@@ -95,7 +95,7 @@ def test_lists_are_lists_in_parameters_in_json_and_in_the_shell():
         ({"flower_sweep": []}, r"write \[\[reward, theta\], …\], reward none, div or add"),
         ({"flower_sweep": [["mul", 0.9]]}, "reward none, div or add"),
         ({"flower_sweep": [["exact", 0.9]]}, "reward none, div or add"),  # Flower-KL's
-        ({"flower_sweep": [["div", 2]]}, "theta from 0 to 1"),
+        ({"flower_sweep": [["div", 1]]}, "theta from 0 to below 1"),
         ({"methods": ["sft", "ppo"]}, "methods has 'ppo': choose of exact_ce, .*rloo"),
         ({"fit_paths": ["logged"]}, "fit_paths has 'logged': choose of reward, policy, schedule"),
     ],
@@ -107,7 +107,7 @@ def test_values_out_of_range_are_refused(setting, message):
 
 def test_what_lies_at_the_edge_is_allowed():
     assert settings("laptop", frozen_layers=0, tuned_layers=0).alpha == settings("laptop", theta=1).alpha
-    assert settings("laptop", theta=0.0, n_beams=1, guides=[0, 1], sweep=[[0, 0], [0, 1]]).theta == 0
+    assert settings("laptop", theta=0.0, n_beams=1, guides=[0, 1], sweep=[[0, 0], [0, 0.99]]).theta == 0
 
 
 def test_one_training_has_one_of_three_names():

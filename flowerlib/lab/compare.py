@@ -25,6 +25,7 @@ from .runs import require
 from .settings import Settings, settings
 
 Lists = NDArray[np.int64]
+LEVEL = 0.95  # of SFT's accuracy counts as level with it: a few hundred validation users cannot tell them apart
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class Comparison:
 
 
 def select(rows: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], accuracy: str) -> Mapping[str, Any]:
-    """Of the rows at least as accurate as the reference, the one whose popularity groups are closest to the next
-    choices' (lowest mgu_next); without any, the most accurate."""
-    able = [row for row in rows if row[accuracy] >= reference[accuracy]]
+    """Of the rows with at least LEVEL of the reference's accuracy, the one whose popularity groups are closest to the
+    next choices' (lowest mgu_next); without any, the most accurate."""
+    able = [row for row in rows if row[accuracy] >= LEVEL * reference[accuracy]]
     return min(able, key=lambda row: row["mgu_next"]) if able else max(rows, key=lambda row: row[accuracy])

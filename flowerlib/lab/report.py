@@ -24,6 +24,13 @@ HEADS = {  # entry of a row → head of its column, where they differ
 }
 SETTINGS = {"reward": "reward {}", "alpha": "α = {:g}", "theta": "θ = {:g}", "decoding_alpha": "α = {:g}",
             "guide": "weight {:g}"}
+CLAIMS = (  # the paper's beside the fit; -1: less is claimed, 1: more, 0: no less; without a metric there is no run
+    ("dgu", -1, "Flower is fairer than SFT (DGU)", "0.198 → 0.052"),
+    ("h_bits", 1, "… more diverse (H, bits)", "7.828 → 8.428"),
+    ("ndcg", 0, "… as accurate (NDCG)", "comparable"),
+    ("", 0, "… the better reference of S-DPO, DMPO, RosePO and PPO", "better in all"),
+    ("", 0, "The reward div is best; a token is the best step", "ablations"),
+)
 FORMULA = re.compile(r"(```.+?```|`[^`\n]+`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$]+?)(?<![\s\\])\$(?![\w$])", re.S)
 SPECIAL = re.compile(r"[][<>&\"`$|\\*~#\n\r]|(?<![^\W_])_|_(?![^\W_])|:(?=/)")  # to HTML, Markdown or MathML
 PAGE = """{% extends 'lab/index.html.j2' %}
@@ -70,6 +77,39 @@ def lists_table(rows: Sequence[Mapping[str, Any]], *without: str) -> str:
     names = f"method decoding seen trainings NDCG@{k} HR@{k} DGU top_vs_history top_vs_next mgu h_bits ttr distinct"
     held = {name for row in table for name in row} - {*without}
     return markdown(table, [name for name in [*names.split(), "gini"] if name in held])
+
+
+def verdict_table(fit: Sequence[Mapping[str, Any]], studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """The paper's claims as Markdown: its figures, ours (SFT → Flower), and whether ours bear them out: a difference
+    counts whose p, adjusted by Holm, is below 0.05; accuracy is comparable if the whole 95% interval lies above a loss
+    of a tenth. fit: rows of notebook 05 (SFT → SubTB, medians over seeds). studies: data → rows of notebook 07."""
+    table, of = [], pd.DataFrame(fit, columns=["target", "n_titles", "budget", "method", "paths", *(
+        measures := ["kl_target_model", "catalogue_mass"])])
+    of = of[(of.target == "counts") & (of.paths == "reward")]
+    small = of[(of.n_titles == of.n_titles.min()) & (of.budget == of.budget.min())]
+    medians = small.groupby("method")[measures].median()
+    kl, mass = ((medians[name].get("sft"), medians[name].get("subtb")) for name in measures)
+    found = [] if None in kl else [kl[1] < kl[0], mass[1] >= mass[0]]
+    ours = ["{} → {} on the tree; mass on the titles {} → {}".format(*map(_text, kl + mass))] if found else []
+    table.append(("Flower fits known counts better than SFT (KL, nats)", "2.193 → 0.246", ours, found))
+    for metric, sign, claim, paper in CLAIMS:
+        ours, found = [], []
+        for data, rows in studies.items():
+            beams = {row["method"]: row for row in rows if (row["decoding"], row["seen"]) == ("beam", "excluded")}
+            key = next((key for key in beams.get("Flower", {}) if re.fullmatch(rf"{metric}(@\d+)?_minus_sft", key)), None)
+            if metric and key:
+                row, name = beams["Flower"], key.removesuffix("_minus_sft")
+                difference, lo, hi, p = (row[f"{key}{end}"] for end in ("", "_lo", "_hi", "_p"))
+                least = -0.1 * beams["SFT"][name]
+                sure, gain = (lo > least or hi < least, lo > least) if sign == 0 else (p < 0.05, sign * difference > 0)
+                values = map(_text, (beams["SFT"][name], row[name], difference, lo, hi))
+                ours.append("{}: {} → {}, difference {} [{}, {}]".format(plain(data), *values))
+                found.append(gain if sure else None)
+        table.append((claim, paper, ours, found))
+    words = {(): "not tested", (True,): "borne out", (False,): "contradicted"}
+    words = [words.get((*{*found},), "in part" if True in found else "undecided") for *_, found in table]
+    return markdown([{"claim": claim, "paper": paper, "ours": "; ".join(ours) or "not run", "verdict": word}
+                     for (claim, paper, ours, _), word in zip(table, words)], ["claim", "paper", "ours", "verdict"])
 
 
 def fit_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -153,6 +193,10 @@ def _results(folder: Path, notebooks: Mapping[str, Any]) -> str:
         if table and path.exists():
             with store.reading(path):
                 parts.append(table(runs.read_results(path)))
+                if table is lists_table:
+                    fit = results / "05_fit_a_known_distribution.json"
+                    known = runs.read_results(fit) if fit.exists() else []
+                    parts += ["The paper's claims here:", verdict_table(known, {folder.name: runs.read_results(path)})]
         for path in sorted((folder / "figures").glob(f"{name[:2]}_*.png")):
             text, data = plain(_titles(path)), base64.b64encode(path.read_bytes()).decode()
             image = f'<img alt="{text}" src="data:image/png;base64,{data}">'

@@ -79,12 +79,12 @@ class Settings(TrainSettings):
                                   ("flower_sweep", "reward", ("none", "div", "add").__contains__)):
             pairs = getattr(self, name)
             try:
-                good = pairs and all(able(one) and 0 <= theta <= 1 for one, theta in pairs)
+                good = pairs and all(able(one) and 0 <= theta < 1 for one, theta in pairs)
             except (TypeError, ValueError):  # no numbers, no pairs
                 good = False
             if not good:
                 of = "|alpha| ≤ 100" if first == "alpha" else "reward none, div or add"
-                raise ValueError(f"{name} is {[*pairs]}: write [[{first}, theta], …], {of}, theta from 0 to 1")
+                raise ValueError(f"{name} is {[*pairs]}: write [[{first}, theta], …], {of}, theta from 0 to below 1 (SFT)")
 
 
 PROFILES: dict[str, Settings] = {

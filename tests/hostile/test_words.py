@@ -193,7 +193,7 @@ def test_the_edges_of_the_ranges_are_allowed():
         "epochs": [1e-9, 1, 10**9], "learning_rate": [1e-12, 1], "alpha": [-100, 0, 100], "beta": [0, 100],
         "theta": [0, 1], "seed": [0, 2**32 - 1], "category": ["Bücher & Hörspiele", "映画", "x<b>y", "a\tb"],
         "data_path": ["", "a\u00a0b", "a/x"], "prompt": ["a\nb\n", "x" * 4_000], "n_beams": [1, 10_000],
-        "flower_sweep": [[["none", 0]], (("add", 1),)], "sweep": [[[100, 0]], ((-100, 1),)], "guides": [[0], (1,)],
+        "flower_sweep": [[["none", 0]], (("add", 0.9),)], "sweep": [[[100, 0]], ((-100, 0.9),)], "guides": [[0], (1,)],
     }
     for name, values in allowed.items():
         for value in values:
