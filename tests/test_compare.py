@@ -264,6 +264,21 @@ def test_the_results_hold_every_key_with_its_interval(smoke):
     assert 0 <= kl["mgu_next_minus_sft_p"] <= 1
 
 
+def test_contrasts_are_with_sft_and_with_what_needs_no_flower(smoke):
+    contrasts = runs.read_results(smoke / "results" / "07_contrasts.json")
+    assert [contrasts[0][key] for key in ("method", "minus", "metric")] == ["Flower-KL", "SFT", "mgu_next"]
+    pairs = {(row["method"], row["minus"]): row["trainings"] for row in contrasts}
+    n = PROFILES["smoke"].n_seeds
+    assert pairs["Flower", "SFT"] == pairs["Preference", "Flower-KL"] == n and pairs["D3", "Flower-KL"] == 1
+    for row in contrasts:
+        assert row["lo"] <= row["difference"] <= row["hi"] and 0 < row["p"] <= 1
+    rows = runs.read_results(smoke / "results" / "07_which_title_next.json")
+    beams = {row["method"]: row for row in rows if (row["decoding"], row["seen"]) == ("beam", "excluded")}
+    for row in contrasts:
+        if row["minus"] == "SFT":
+            assert beams[row["method"]][f"{row['metric']}_minus_sft"] == row["difference"]
+
+
 def test_settings_are_selected_on_validation_users(smoke):
     swept = runs.read_results(smoke / "results" / "07_sweep.json")
     assert {row["part"] for row in swept} == {"valid"}
