@@ -17,7 +17,8 @@ reproduce: .venv/ready
 
 study: .venv/ready
 	$(REPRODUCE) --profile study --out runs/study$(addprefix -,$(notdir $(DATA))) $(GIVEN) $(if $(DATA),-p data_path='$(DATA)') \
-	  --only 01_prepare_the_data --only 07_which_title_next $(if $(DATA),,--only 05_fit_a_known_distribution)
+	  $(addprefix --only ,01_prepare_the_data 02_train_sft 03_train_flower 04_bias_and_diversity 07_which_title_next) \
+	  $(if $(DATA),,--only 05_fit_a_known_distribution)
 
 report: .venv/ready
 	$(BIN)/python -m flowerlib.lab.report --out $(OUT)

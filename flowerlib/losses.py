@@ -53,8 +53,7 @@ def subtb_loss(log_pf: Tensor, log_token_rewards: Tensor, mask: Tensor, lam: flo
 
 def modified_subtb_loss(
     log_pf: Tensor, log_pterm: Tensor, log_token_rewards: Tensor, log_term_rewards: Tensor, mask: Tensor,
-    lam: float = 1.0,
-) -> Tensor:
+    lam: float = 1.0) -> Tensor:
     """The official code's form, in which every prefix may end: nats², weighted over sub-paths as in `subtb_loss`.
 
     With p_t = log π(⊤ | s_t) and q_t = Σ_{u<t} log r_u + log_term_rewards_t, the residual of one step is

@@ -13,7 +13,6 @@ U users, K places of a list, L leaves of the catalogue, G popularity groups (0 =
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -200,8 +199,7 @@ def divergences(log_target: ArrayLike, log_model: ArrayLike) -> dict[str, float]
 
     return {
         "kl_target_model": kl(p, q), "kl_model_target": kl(q, p), "js": (kl(p, mixed) + kl(q, mixed)) / 2,
-        "entropy_target": float(-np.exp(p) @ p), "entropy_model": float(-np.exp(q) @ q),
-    }
+        "entropy_target": float(-np.exp(p) @ p), "entropy_model": float(-np.exp(q) @ q)}
 
 
 def sampled_divergences(draws: ArrayLike, log_target: ArrayLike) -> dict[str, float]:
@@ -237,8 +235,7 @@ def node_divergences(log_reach: ArrayLike, log_edges: ArrayLike, parent: ArrayLi
 def evaluate(
     recommendations: ArrayLike, targets: ArrayLike, counts: ArrayLike, titles: Sequence[str],
     ks: Sequence[int] = (1, 3, 5, 10), n_bootstrap: int = 1000, seed: int = 0, n_groups: int = 8,
-    slots: int | None = None,
-) -> dict[str, float]:
+    slots: int | None = None) -> dict[str, float]:
     """Every metric, and `<metric>_lo`, `<metric>_hi`: a 95% interval over users and trainings (n_bootstrap=0: none).
 
     Keys: hr@k and ndcg@k for every k; dgu, mgu; top_vs_history and top_vs_next: share of the most popular group in the
@@ -267,42 +264,26 @@ def evaluate(
 
 def compare(recommendations_a: ArrayLike, recommendations_b: ArrayLike, targets: ArrayLike, counts: ArrayLike,
             titles: Sequence[str], ks: Sequence[int] = (1, 3, 5, 10), n_bootstrap: int = 1000, seed: int = 0,
-            n_groups: int = 8, slots: int | None = None) -> dict[str, tuple[float, float, float]]:
-    """b minus a for every metric of `evaluate`: (difference, lo, hi), a 95% interval over users and trainings.
+            n_groups: int = 8, slots: int | None = None) -> dict[str, tuple[float, float, float, float]]:
+    """b minus a for every metric of `evaluate`: (difference, lo, hi, p), a 95% interval over users and trainings, and
+    the two-sided p of "no difference" from the same resamples: at least 2 / (n_bootstrap + 1).
 
-    a and b share each resample of users, so what users have in common cancels; of trainings too, where both have
-    several: the i-th of both are of one seed. Raises ValueError also if n_bootstrap=0, or numbers of trainings differ.
-    """
-    a, b = _paired(recommendations_a, recommendations_b, targets, counts, titles, ks, n_bootstrap, seed, n_groups, slots)
-    differences = {name: b[0][name] - a[0][name] for name in a[0]}
-    return {name: (d, *_interval(name, d, b[1][name] - a[1][name])) for name, d in differences.items()}
-
-
-def p_values(recommendations_a: ArrayLike, recommendations_b: ArrayLike, targets: ArrayLike, counts: ArrayLike,
-             titles: Sequence[str], ks: Sequence[int] = (1, 3, 5, 10), n_bootstrap: int = 10_000, seed: int = 0,
-             n_groups: int = 8, slots: int | None = None) -> dict[str, float]:
-    """Two-sided p of "no difference" for every metric of `compare`: 1 less the level at which its interval, over users
-    and trainings, would just leave out 0. No p is below 2 / (n_bootstrap + 1)."""
-    a, b = _paired(recommendations_a, recommendations_b, targets, counts, titles, ks, n_bootstrap, seed, n_groups, slots)
-    p = {}
-    for name, value in a[0].items():
-        difference, many = b[0][name] - value, b[1][name] - a[1][name]
-        many = 2 * difference - many if name in UNFAIRNESS else many
-        p[name] = min(1.0, 2 * (1 + min((many <= 0).sum(), (many >= 0).sum())) / (n_bootstrap + 1))
-    return p
-
-
-def _paired(a: ArrayLike, b: ArrayLike, targets: ArrayLike, counts: ArrayLike, titles: Sequence[str], ks: Sequence[int],
-            n_bootstrap: int, *rest: Any) -> list[tuple[dict[str, float], dict[str, Floats]]]:
-    """`_replicates` of both, with the same resamples."""
+    a and b share resamples of users, and of trainings where both have several (the i-th are of one seed): what these
+    have in common cancels. Raises ValueError also if n_bootstrap=0, or numbers of trainings differ."""
     if n_bootstrap < 1:
         raise ValueError("compare needs n_bootstrap >= 1")
-    both = [x[None] if x.ndim == 2 else x for x in map(np.asarray, (a, b))]
-    n_seeds = max(map(len, both))
+    both = [x[None] if x.ndim == 2 else x for x in map(np.asarray, (recommendations_a, recommendations_b))]
+    n_seeds, found = max(map(len, both)), {}
     if not {len(x) for x in both} <= {1, n_seeds}:
         raise ValueError(f"{len(both[0])} and {len(both[1])} trainings: bring equally many, or one")
-    return [_replicates(np.broadcast_to(x, (n_seeds, *x.shape[1:])), targets, counts, titles, ks, n_bootstrap, *rest)
-            for x in both]
+    args = (targets, counts, titles, ks, n_bootstrap, seed, n_groups, slots)
+    (a, many_a), (b, many_b) = (_replicates(np.broadcast_to(x, (n_seeds, *x.shape[1:])), *args) for x in both)
+    for name, value in a.items():
+        difference, many = b[name] - value, many_b[name] - many_a[name]
+        side = 2 * difference - many if name in UNFAIRNESS else many  # as `_interval`
+        p = 2 * (1 + min((side <= 0).sum(), (side >= 0).sum())) / (n_bootstrap + 1)
+        found[name] = difference, *_interval(name, difference, many), min(1.0, float(p))
+    return found
 
 
 def holm(p: ArrayLike) -> Floats:

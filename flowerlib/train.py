@@ -218,8 +218,7 @@ class Objective:
 
     def __init__(
         self, trie: TitleTrie, log_item_rewards: Tensor, settings: TrainSettings, preference: Preference | None = None,
-        leaf_weights: Tensor | None = None, device: torch.device | str = "cpu",
-    ):
+        leaf_weights: Tensor | None = None, device: torch.device | str = "cpu"):
         if settings.theta < 1 and settings.reward != "none" and preference is None:
             raise ValueError(f"reward {settings.reward!r} needs a preference model: run notebook 01 or set reward none")
         self.trie, self.settings, self.theta = trie.to(device), settings, settings.theta

@@ -45,8 +45,7 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 def seen_by_nodes(
     trie: TitleTrie, attention_mask: Tensor, limit: Tensor, nodes: Tensor, group: Tensor, packed: Tensor,
-    packed_group: Tensor,
-) -> Tensor:
+    packed_group: Tensor) -> Tensor:
     """What nodes see of their rows and of the nodes packed behind these: (B, W, T + N) bool.
 
     Args:
@@ -87,8 +86,7 @@ class Prompts:
 
     def __init__(
         self, model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, attention_mask: Tensor,
-        branch: Tensor | None = None,
-    ):
+        branch: Tensor | None = None):
         """branch: (B, P) how many columns of its row each group follows; None lets every group follow the whole row."""
         if branch is None:
             branch = torch.full((len(input_ids), 1), input_ids.shape[1], device=input_ids.device)
@@ -125,8 +123,7 @@ class PackedTree:
 
     def __init__(
         self, model: PreTrainedModel, trie: TitleTrie, context: Sequence[int], n_frozen: int = 0,
-        nodes_at_a_time: int = 512,
-    ):
+        nodes_at_a_time: int = 512):
         """context: the prompt's tokens. nodes_at_a_time bounds the memory: so many nodes' logits are held at once."""
         self.model, self.trie = model, trie.to(model.device)
         self.width, self.nodes_at_a_time, self.forward_tokens = len(context), nodes_at_a_time, 0

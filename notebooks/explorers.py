@@ -122,8 +122,7 @@ def tree(branches: Branches, title: str) -> widgets.VBox:
         "depth": _slider("tokens down the title", 0, 0, branches.trie.max_depth, 1),
         "alpha": _slider("α, of the count", -0.5, -2, 2, 0.25),
         "beta": _slider("β, of the preference", 1, 0, 2, 0.25),
-        "smoothing": _slider("smoothing, added to the count", 1, 0.1, 20, 0.1),
-    }
+        "smoothing": _slider("smoothing, added to the count", 1, 0.1, 20, 0.1)}
     return live(lambda figure, _, **values: draw_branch(figure, branches, **values), controls)
 
 
@@ -164,8 +163,7 @@ def training(counts: Mapping[str, float]) -> widgets.VBox:
     controls = {
         "loss": widgets.Dropdown(value="subtb", options=losses, description="loss"),
         "paths": widgets.Dropdown(options=fit.FIT_PATHS, description="titles from"),
-        "budget": _slider("tokens through the model", 6_000, 1_000, 30_000, 1_000),
-    }
+        "budget": _slider("tokens through the model", 6_000, 1_000, 30_000, 1_000)}
     button = widgets.Button(description="run", button_style="primary", icon="play")
 
     def draw(figure: Figure, paint: Callable[[], None], loss: str, **values: Any) -> None:
@@ -219,8 +217,7 @@ def popularity(slots: pd.DataFrame, counts: pd.Series) -> widgets.VBox:
                                           rows=min(8, len(names))),
         "decoding": widgets.Dropdown(options=decodings, description="decoding"),
         "k": _slider("places of a list", n, 1, n, 1),
-        "own": widgets.FileUpload(accept=".csv,.json,.parquet", multiple=True, description="your lists"),
-    }
+        "own": widgets.FileUpload(accept=".csv,.json,.parquet", multiple=True, description="your lists")}
 
     def draw(figure: Figure, _: Any, own: Sequence[Mapping[str, Any]], **values: Any) -> str:
         lists = {}

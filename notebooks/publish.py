@@ -1,6 +1,6 @@
-"""For maintainers: puts finished notebooks into the repository: `python notebooks/publish.py [notebook …]`.
+"""For maintainers: puts what `make study` has run into the repository: `python notebooks/publish.py [notebook …]`.
 
-Without names 00–04 and 09, from scratch; with names these alone, from the last such run or that of `make study`."""
+Without names 00–04, 07 and 09; the times of smoke and laptop are then taken anew, from scratch."""
 
 import argparse
 import re
@@ -17,7 +17,9 @@ from flowerlib.lab.reproduce import (
 )
 from flowerlib.lab.settings import PROFILES
 
-ONE_RUN = (*NOTEBOOKS, BY_HAND, EXPLORERS)  # published together, from scratch
+ONE_RUN = (*NOTEBOOKS, BY_HAND, EXPLORERS, COMPARISON)  # published together
+SHORT = (  # of the comparison, in README
+    "Next choices", "Preference", "EASE", "D3", "SFT", "SFT, α while decoding", "Flower", "Flower-KL", "Popularity")
 RUNS, FIGURES = store.ROOT / "runs", store.ROOT / "figures"
 PAGES = (store.ROOT / "README.md", FIGURES / "README.md", FOLDER / "README.md")
 
@@ -40,19 +42,18 @@ def copy_outputs(executed: Path, source: Path) -> None:
 def filled(page: str) -> str:
     """A page with the tables between <!-- mark --> and <!-- /mark -->, and the seconds behind the notebooks, anew."""
     rows = {path.stem: runs.read_results(path) for path in FIGURES.glob("0[1-8]_*.json")}
-    short = [row for row in rows["04_bias_and_diversity"] if row["seen"] == "excluded"]
-    short += [row for row in rows["01_preference"] if row["method"] == "Preference"]
+    short = [row for row in rows["07_which_title_next"] if row["method"] in SHORT and row["seen"] == "excluded"
+             and row["decoding"] != "beam_normalised"]
     studies = {"MovieLens-100K": "07_which_title_next", "Video Games": "07_video_games"}
     studies = {data: rows[name] for data, name in studies.items() if name in rows}
     tables = {
         "verdict": report.verdict_table(rows["05_fit_a_known_distribution"], studies),
-        "results": report.lists_table(short, "seen", "mgu", "ttr", "gini"),
-        "comparison": report.lists_table(rows["04_bias_and_diversity"]),
+        "results": report.lists_table(short, "decoding", "seen", "HR@10", "top_vs_history", "MGU_NEXT", "mgu",
+                                      "ttr", "gini"),
         "next": report.lists_table(rows["07_which_title_next"], "mgu", "ttr", "gini"),
         "fit": report.fit_table(rows["05_fit_a_known_distribution"]),
         "speed": report.speed_table(rows["08_bench"]),
-        "timings": report.timing_table(store.read_json(FIGURES / "timings.json"), NOTEBOOKS),
-    }
+        "timings": report.timing_table(store.read_json(FIGURES / "timings.json"), NOTEBOOKS)}
     for mark, table in tables.items():
         page = re.sub(rf"(?s)(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->)", lambda _: f"{table}\n", page)
     for name, entry in store.read_json(FIGURES / "timings_smoke.json").items():
@@ -71,20 +72,20 @@ def archive(run: Path, place: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", choices=[*ONE_RUN, *STUDIES, []], metavar="notebook")
-    names = parser.parse_args().notebooks or ONE_RUN
-    if SPEED in names and not BENCH.exists():
-        parser.error(f"{SPEED} shows what this machine has measured: run `make bench` first")
-    profile, place = ("laptop", "publish") if set(names) <= set(ONE_RUN) else ("study", "study")
-    folder, quick = RUNS / place, RUNS / "quick"
-    copies = {BENCH: "08_bench.json"} if SPEED in names else {}
+    given = parser.parse_args().notebooks
+    names, copies = given or ONE_RUN, {}
+    if SPEED in names:
+        copies[BENCH] = "08_bench.json"
+        if not BENCH.exists():
+            parser.error(f"{SPEED} shows what this machine has measured: run `make bench` first")
+    folder, timed = RUNS / "study", {"smoke": (*NOTEBOOKS, BY_HAND, *STUDIES), "laptop": NOTEBOOKS}
     try:
-        if set(NOTEBOOKS) <= set(names):  # from scratch: times are those of a first run
-            for run in filter(Path.exists, (folder, quick)):
+        for profile, of_profile in () if given else timed.items():
+            if (run := RUNS / f"timed-{profile}").exists():
                 print("the last run is now in", run.rename(f"{run}-{time.strftime('%Y-%m-%d-%H%M%S')}"))
-            reproduce("smoke", str(quick), {}, (*NOTEBOOKS, BY_HAND, *STUDIES))
-            copies |= {folder / "timings.json": times_file(PROFILES["laptop"]),
-                       quick / "timings.json": times_file(PROFILES["smoke"])}
-        reproduce(profile, str(folder), {}, names)
+            reproduce(profile, str(run), {}, of_profile)
+            copies[run / "timings.json"] = times_file(PROFILES[profile])
+        reproduce("study", str(folder), {}, names)
     except NotebookError as error:
         parser.error(str(error))
     for name in names:

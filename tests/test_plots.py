@@ -204,17 +204,18 @@ def test_intervals_end_where_the_rows_say_from_the_top(axes):
 
 
 def test_the_frontier_joins_points_that_differ_in_one_setting(axes):
-    rows = [{"method": "D3", "decoding": "beam", "hr@10": hr, "dgu": dgu, "guide": guide}
-            for hr, dgu, guide in ((0.3, 0.1, 0.7), (0.2, 0.2, 0.3))]
-    rows += [{"method": "Flower-KL", "decoding": decoding, "hr@10": hr, "dgu": 0.3, "alpha": -0.5, "theta": 0.1}
-             for decoding, hr in (("beam", 0.1), ("beam_normalised", 0.05))]
+    rows = [{"method": "Flower", "hr@10": hr, "dgu": dgu, "alpha": 1.0, "theta": theta, "reward": "div"}
+            for hr, dgu, theta in ((0.3, 0.1, 0.995), (0.2, 0.2, 0.9))]
+    rows += [{"method": "Flower-KL", "hr@10": 0.1, "dgu": 0.3, "alpha": alpha, "theta": theta}
+             for alpha, theta in ((-0.5, 0.1), (0, 0.9))]
+    rows.append({"method": "SFT", "hr@10": 0.1, "dgu": 0.4})
     plots.frontier(axes, rows, "hr@10")
-    assert {text.get_text() for text in axes.texts} == {"w 0.7", "w 0.3", "α -0.5, θ 0.1"}  # filled marks alone
-    joined, *apart = (line for line in axes.lines if len(line.get_xdata()))
+    assert {text.get_text() for text in axes.texts} == {"θ 0.995", "θ 0.9", "α -0.5, θ 0.1", "α 0, θ 0.9"}
+    joined, *apart = axes.lines
     assert joined.get_xdata().tolist() == [0.2, 0.1] and joined.get_linestyle() != "None"
     assert {line.get_linestyle() for line in apart} == {"None"}
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend == ["D3", "Flower-KL", "hollow: length-normalised"]
+    assert legend == ["Flower", "Flower-KL", "SFT"]
 
 
 def test_ratios_beyond_their_bound_look_different(axes):

@@ -84,21 +84,23 @@ def run(monkeypatch, *names):
     publish.main()
 
 
-def test_publishing_from_scratch_moves_finished_runs_aside(house, monkeypatch, capsys):
+def test_publishing_from_scratch_takes_the_times_anew_and_moves_finished_runs_aside(house, monkeypatch, capsys):
     root, calls = house
-    for name in ("publish", "quick"):
+    for name in ("timed-laptop", "timed-smoke", "study"):
         (root / "runs" / name).mkdir()
         (root / "runs" / name / "work").write_text("hours")
     run(monkeypatch)
     aside = [path for path in (root / "runs").iterdir() if (path / "work").exists()]
-    assert sorted(re.sub(r"-\d{4}-\d\d-\d\d-\d{6}$", "", path.name) for path in aside) == ["publish", "quick"]
-    assert not {path.name for path in aside} & {"publish", "quick"}
+    names = sorted(re.sub(r"-\d{4}-\d\d-\d\d-\d{6}$", "", path.name) for path in aside)
+    assert names == ["study", "timed-laptop", "timed-smoke"]
+    assert {path.name for path in aside} & {*names} == {"study"}  # whose work goes on
     said = capsys.readouterr().out
-    assert all(f"the last run is now in {path}" in said for path in aside)
-    assert [profile for profile, *_ in calls] == ["smoke", "laptop"] and calls[1][2] == publish.ONE_RUN
+    assert all(f"the last run is now in {path}" in said for path in aside if path.name != "study")
+    assert [(profile, only) for profile, _, only in calls[1:]] == [
+        ("laptop", reproduce.NOTEBOOKS), ("study", publish.ONE_RUN)] and calls[0][0] == "smoke"
     figures = root / "figures"
     assert {path.name for path in figures.glob("*.png")} == {f"{name[:2]}_a.png" for name in publish.ONE_RUN}
-    assert (figures / "04_a.json").read_text() == "laptop"
+    assert (figures / "04_a.json").read_text() == "study"
     of_laptop = figures / publish.times_file(publish.PROFILES["laptop"])
     assert json.loads(of_laptop.read_text())["profile"] == "laptop"
     assert json.loads((figures / "timings_smoke.json").read_text())["profile"] == "smoke"
@@ -107,11 +109,8 @@ def test_publishing_from_scratch_moves_finished_runs_aside(house, monkeypatch, c
 
 def test_one_notebook_alone_takes_up_the_last_run(house, monkeypatch):
     root, calls = house
-    (root / "runs" / "publish").mkdir()
-    (root / "runs" / "publish" / "work").write_text("hours")
     run(monkeypatch, reproduce.NOTEBOOKS[3])
-    assert (root / "runs" / "publish" / "work").exists()
-    assert calls == [("laptop", str(root / "runs" / "publish"), reproduce.NOTEBOOKS[3:])]
+    assert calls == [("study", str(root / "runs" / "study"), reproduce.NOTEBOOKS[3:])]
     assert not list((root / "figures").glob("timings*.json"))
     with pytest.raises(SystemExit):
         run(monkeypatch, reproduce.SPEED)  # bench.json is missing
@@ -139,7 +138,7 @@ def test_the_pages_state_what_the_results_files_hold():
         assert publish.filled(text) == text, page
         assert not re.search(r"\bT\d\d\b|[A-Z]+-[A-Z]+-TEXT", text), f"{page}: a place that waits for a number"
     marks = re.findall(r"<!-- (\w+) -->\n", "".join(texts.values()))
-    assert sorted(marks) == ["comparison", "fit", "next", "results", "speed", "timings", "verdict"]
+    assert sorted(marks) == ["fit", "next", "results", "speed", "timings", "verdict"]
     for name in store.read_json(publish.FIGURES / "timings_smoke.json"):
         line = rf"(?m)^\| \[?`{name.removesuffix('.ipynb')}`.*\| \d+ \|$"
         assert len(re.findall(line, texts[publish.FOLDER / "README.md"])) == 1, name

@@ -53,6 +53,19 @@ def test_the_verdict_by_hand():
         "not tested", "borne out", "borne out"]
 
 
+def test_what_a_run_chose_stands_in_its_headline(tmp_path):
+    assert report.choice(tmp_path) == ""
+    sft = {"method": "SFT", "decoding_alpha": 0.0, "n_users": 400, "chosen": True}
+    other = sft | {"decoding_alpha": -0.25, "chosen": False}
+    plain = [{"method": name, "chosen": False, "difference": 0.02, "lo": lo} for name, lo in (("EASE", 0.01), ("p", -1))]
+    path = tmp_path / "results" / "04_choice.json"
+    for rows, said in (([sft, other], "SFT, as it is. No other setting is to be preferred to SFT."),
+                       ([sft | {"chosen": False}, other | {"chosen": True}, *plain],
+                        "SFT, α = -0.25 while decoding. More accurate without a language model: EASE (+0.020 NDCG).")):
+        store.write_json(path, {"rows": rows, "provenance": {}})
+        assert report.choice(tmp_path) == f" Chosen for these data, on 400 validation users: {said}"
+
+
 def test_numbers_in_tables():
     texts = {None: "", "x": "x", 0: "0", 3: "3", 20.0: "20", 24010: "24,010", 0.2: "0.200", 0.0813: "0.081",
              0.00157: "0.00157", 9e-5: "9.00e-05", 1.025: "1.02", 61.71: "61.7", 123.4: "123", 99.97: "100"}
@@ -74,8 +87,10 @@ def test_a_table_of_lists_by_hand():
     assert [line[:4] for line in lines[1:]] == [
         ["Flower-KL (α = -0.5, θ = 0.1)", "beam, length-normalised", "excluded", "2"],
         ["SFT", "beam, length-normalised", "excluded", "2"], ["SFT", "top", "allowed", "2"]]
-    assert cells(report.lists_table([LISTS, oracle | {"top_vs_next": 0.0}]))[1][:5] == [
-        "Next choices", "beam, length-normalised", "excluded", "2", ""]
+    oracle |= {"top_vs_next": 0.0, "top_vs_next_lo": -0.1, "top_vs_next_hi": 0.1}
+    head, first, _ = cells(report.lists_table([LISTS, oracle]))
+    assert first[:5] == ["Next choices", "beam, length-normalised", "excluded", "2", ""]
+    assert first[head.index("top group − next")] == "0 [-0.100, 0.100]"
     assert rows[0]["decoding"] == "top" and rows[2]["method"] == "Flower-KL"  # the rows are as they were
 
 

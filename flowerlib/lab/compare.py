@@ -20,7 +20,7 @@ from ..model import Backbone, Catalogue
 from ..train import Rows, training_rows
 from ..tree import Beams, PackedTree, beam_search
 from . import sources, store, training
-from .preference import PreferenceModel, fair_weights, load_preference
+from .preference import PreferenceModel, cooccurrence, ease, fair_weights, load_preference, sum_of_rows, top_titles
 from .runs import require
 from .settings import Settings, settings
 
@@ -30,8 +30,7 @@ LEVEL = 0.95  # of SFT's accuracy counts as level with it: a few hundred validat
 
 @dataclass(frozen=True)
 class Users:
-    """One row of a part of the split for each user: item positions in histories and seen, leaf ids in targets, (U, L)
-    log p_ui."""
+    """A row of a split for each user: item positions in histories and seen, leaf ids in targets, (U, L) log p_ui."""
 
     histories: list[list[int]]
     seen: list[list[int]]
@@ -74,8 +73,8 @@ class Comparison:
     """Data and preference model of a run's notebook 01, and what is done on them: trainings, lists, distributions.
 
     Attributes:
-        settings: of the run. titles: (L,) by leaf. counts: (L,) training interactions. users: of "valid" and "test";
-            of a user with several rows there, one that the seed draws, so that the users are independent.
+        settings: of the run. titles: (L,) by leaf. counts: (L,) training interactions.
+        users: of "valid" and "test"; of a user's rows there one that the seed draws, so that users are independent.
         sources: provenance of all work that was asked for, of trainings and of what was made with their models.
     """
 
@@ -104,6 +103,27 @@ class Comparison:
     def seen_leaves(self, users: Users) -> list[list[int]]:
         """Leaf ids that each user has seen."""
         return [self.item_leaf[items].tolist() for items in users.seen]
+
+    @cached_property
+    def best_ease(self) -> tuple[NDArray[np.float64], dict[str, int]]:
+        """EASE's (L, L) matrix, and the settings that are most accurate (NDCG) on all validation users, of a few."""
+        flat, first = data.sequences(self.tables.train)
+        flat = self.item_leaf[pd.Index(self.tables.items.item_id).get_indexer(flat)]
+        together = cooccurrence([flat[a:b] for a, b in zip(first[:-1], first[1:])], len(self.counts))
+        targets, seen, k = self.users["valid"].targets, self.seen_leaves(self.users["valid"]), self.settings.n_beams
+        best: tuple[Any, ...] = (-1.0,)
+        for strength in (100, 500, 2000, 8000):
+            matrix = ease(together, strength)
+            for last in (2, 5, 20, 0):
+                lists = top_titles(sum_of_rows(matrix, [leaves[-last:] for leaves in seen]), seen, k)
+                accuracy = metrics.ndcg(metrics.ranks(lists, targets), k).mean()
+                best = max(best, (accuracy, matrix, {"strength": strength, "last": last}), key=lambda one: one[0])
+        return best[1:]
+
+    def ease_scores(self, users: Users) -> NDArray[np.float64]:
+        """(U, L) scores by `best_ease`."""
+        matrix, of = self.best_ease
+        return sum_of_rows(matrix, [leaves[-of["last"] :] for leaves in self.seen_leaves(users)])
 
     def contender(self, seed: int, method: str = "", **overrides: Any) -> Contender:
         """A language model to tune with the run's settings but for these; without a name it is called by its method."""
@@ -136,8 +156,7 @@ class Comparison:
         return sources.open_backbone(own, self.tables.items.title.tolist())
 
     def _rows(self, contender: Contender) -> Rows:
-        catalogue = self._backbone(contender.settings).catalogue
-        return training_rows(catalogue, self._tables(contender), contender.settings)
+        return training_rows(self._catalogue, self._tables(contender), contender.settings)
 
     @cached_property
     def _catalogue(self) -> Catalogue:
@@ -148,7 +167,7 @@ class Comparison:
         return given | {"tables": self._tables(contender)}
 
     def origin(self, contender: Contender) -> dict[str, Any]:
-        """What the contender's training depends on, as `training.finetune` knows it by."""
+        """What `training.finetune` knows the contender's training by."""
         return training.made_from(**self._inputs(contender))
 
     def train(self, contender: Contender) -> tuple[PreTrainedModel, Catalogue, Path]:

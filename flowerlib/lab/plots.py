@@ -31,6 +31,7 @@ STYLES = (
     ("#7B3F00", (0, (5, 5)), "<", "||"),
 )
 FIXED = {"history": 0, "SFT": 1, "Flower-KL": 2, "Flower": 3}  # these names look the same in every picture
+SYMBOLS = {"alpha": "α {:g}", "theta": "θ {:g}", "reward": "{}"}  # settings beside the marks of `frontier`
 LEAST_KL = 1e-6  # where the axes of the fits end
 
 METRIC_LABELS = {
@@ -167,8 +168,7 @@ def training_curves(axes: Axes, logs: Mapping[str, ArrayLike], unit: str = "nats
 
 def flow_tree(
     axes: Axes, parent: ArrayLike, labels: Sequence[str], values: ArrayLike, title: str = "",
-    model: ArrayLike | None = None,
-) -> Axes:
+    model: ArrayLike | None = None) -> Axes:
     """A small title tree from left to right: lines as wide as their flow, each with its share.
 
     parent (N,): node 0 is the root (parent -1), parents stand before their children; labels: each node's token; values
@@ -267,38 +267,28 @@ def node_choice(
 
 def frontier(axes: Axes, rows: Rows, accuracy: str, unfairness: str = "dgu", title: str = "") -> Axes:
     """Accuracy against unfairness: rows hold both, method, decoding, and the settings in which a method's points differ
-    (alpha, theta, guide), which are written beside filled marks. Hollow marks are length-normalised beams; a line joins
-    the points of a method that differ in one setting alone."""
-    symbols, mark = {"alpha": "α", "theta": "θ", "guide": "w"}, {"markersize": 9, "markeredgewidth": 2}
+    (SYMBOLS), which are written beside the marks; a line joins the points of a method that differ in one of them."""
     for name, (colour, line, marker, _) in styles(row["method"] for row in rows).items():
-        for hollow in (False, True):
-            own = [row for row in rows if row["method"] == name and (row["decoding"] == "beam_normalised") == hollow]
-            varying = [key for key in symbols if any(key in row for row in own)]
-            own.sort(key=lambda row: [row.get(key, 0) for key in varying])
-            axes.plot([row[unfairness] for row in own], [row[accuracy] for row in own], color=(colour, 0.6),
-                      linestyle=line if len(varying) == 1 else "", marker=marker, markeredgecolor=colour,
-                      markerfacecolor="white" if hollow else colour, label=None if hollow else name, **mark)
-            for row in own if varying and not hollow else ():
-                offset, side = (9, "bottom") if len(varying) == 1 else (-9, "top")
-                text = ", ".join(f"{symbols[key]} {row[key]:g}" for key in varying)
-                axes.annotate(text, (row[unfairness], row[accuracy]), xytext=(0, offset),
-                              textcoords="offset points", ha="center", va=side, fontsize=11)
-    if any(row["decoding"] == "beam_normalised" for row in rows):
-        axes.plot([], [], "o", color="0.4", markerfacecolor="white", label="hollow: length-normalised", **mark)
+        own = [row for row in rows if row["method"] == name]
+        varying = [key for key in SYMBOLS if len({row.get(key) for row in own}) > 1]
+        own.sort(key=lambda row: [row.get(key, 0) for key in varying])
+        axes.plot([row[unfairness] for row in own], [row[accuracy] for row in own], marker=marker, color=colour,
+                  linestyle=line if len(varying) == 1 else "", label=name, markersize=9)
+        for row in own if varying else ():
+            axes.annotate(", ".join(SYMBOLS[key].format(row[key]) for key in varying), (row[unfairness], row[accuracy]),
+                          xytext=(0, 9), textcoords="offset points", ha="center", va="bottom", fontsize=11)
     axes.margins(y=0.12)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     best, fairest = max(rows, key=lambda row: row[accuracy]), min(rows, key=lambda row: row[unfairness])
-    size = METRIC_LABELS[unfairness].split()[0]
-    head = (f"Most accurate: {best['method']} ({accuracy.upper()}\xa0{best[accuracy]:.3f}, {size}\xa0"
-            f"{best[unfairness]:.2f}); fairest: {fairest['method']} "
+    head = (f"Most accurate: {best['method']} ({accuracy.upper()}\xa0{best[accuracy]:.3f}, "
+            f"{METRIC_LABELS[unfairness].split()[0]}\xa0{best[unfairness]:.2f}); fairest: {fairest['method']} "
             f"({fairest[accuracy]:.3f}, {fairest[unfairness]:.2f})")
     return _dressed(axes, title or head, xlabel=METRIC_LABELS[unfairness], ylabel=accuracy.upper(), xlim=(0, None))
 
 
 def metric_intervals(axes: Axes, rows: Rows, metric: str, title: str = "") -> Axes:
     """One metric as point and 95% interval, one line a row: rows hold `metric`, `<metric>_lo`, `<metric>_hi`, method,
-    and decoding and seen where they differ between the rows. Intervals are those of the rows: over
-    users, and over trainings where a row holds several."""
+    and decoding and seen where they differ. Intervals are over users, and trainings where a row holds several."""
     varying = [key for key in ("method", "decoding", "seen") if len({row.get(key) for row in rows}) > 1] or ["method"]
     names = [", ".join("seen " * (key == "seen") + row.get(key, "") for key in varying) for row in rows]
     names = [name.replace("_", " ").replace(", seen", ",\nseen") for name in names]

@@ -100,11 +100,9 @@ class _Windows(Dataset):
 
 def train_preference(
     sequences: Sequence[Sequence[int]], histories: Sequence[Sequence[int]], targets: Sequence[int], n_leaves: int,
-    settings: Settings, folder: Path,
-) -> tuple[PreferenceModel, pd.DataFrame, Path]:
+    settings: Settings, folder: Path) -> tuple[PreferenceModel, pd.DataFrame, Path]:
     """Trains p_ui and saves it, by the weights of the lowest validation loss, in a folder p_ui-<digest> under `folder`.
-    A finished training of the same settings and data is taken as it is. It stops early, once two validations in a row
-    were no better than the best, as the paper does.
+    It stops after two validations that are no better. A finished training of equal settings and data is taken as it is.
 
     Args:
         sequences: each user's training titles as leaf ids, oldest first. histories, targets: the validation rows.
@@ -126,8 +124,7 @@ def train_preference(
         set_seed(settings.seed)
         model = PreferenceModel(GPT2Config(
             vocab_size=n_leaves + 1, n_positions=settings.max_history + 2, n_embd=settings.preference_size, n_layer=2,
-            n_head=2, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2, bos_token_id=n_leaves, eos_token_id=n_leaves,
-        ))
+            n_head=2, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2, bos_token_id=n_leaves, eos_token_id=n_leaves))
         sequences, histories, [targets] = rows_by_part
         rows = _Windows([sequence for sequence in sequences if sequence], settings.max_history + 1)
         read = [history[-settings.max_history :] for history in histories]

@@ -16,14 +16,13 @@ from PIL import Image
 from . import runs, store
 
 HEADS = {  # entry of a row → head of its column, where they differ
-    "seen": "seen titles", "mgu": "MGU", "top_vs_history": "top group − history", "top_vs_next": "top group − next",
-    "h_bits": "H (bits)", "ttr": "TTR", "distinct": "distinct titles",
+    "seen": "seen titles", "mgu": "MGU", "top_vs_history": "top group − history", "TOP_VS_NEXT": "top group − next",
+    "MGU_NEXT": "MGU − next", "h_bits": "H (bits)", "ttr": "TTR", "distinct": "distinct titles",
     "gini": "Gini", "n_titles": "titles", "kl_target_model": "KL(target‖model), nats", "js": "JS",
     "kl_model_target": "KL(model‖target)", "catalogue_mass": "mass on the catalogue", "name": "ours / the other way",
-    "peak_mb_so_far": "peak memory so far, MB", "matmul_1024_seconds": "1024 × 1024 matrix product then, seconds",
-}
+    "peak_mb_so_far": "peak memory so far, MB", "matmul_1024_seconds": "1024 × 1024 matrix product then, seconds"}
 SETTINGS = {"reward": "reward {}", "alpha": "α = {:g}", "theta": "θ = {:g}", "decoding_alpha": "α = {:g}",
-            "guide": "weight {:g}"}
+            "guide": "weight {:g}", "temperature": "{:g}"}
 CLAIMS = (  # the paper's beside the fit; -1: less is claimed, 1: more, 0: no less; without a metric there is no run
     ("dgu", -1, "Flower is fairer than SFT (DGU)", "0.198 → 0.052"),
     ("h_bits", 1, "… more diverse (H, bits)", "7.828 → 8.428"),
@@ -72,37 +71,38 @@ def lists_table(rows: Sequence[Mapping[str, Any]], *without: str) -> str:
         row["method"] += f" ({', '.join(settings)})" if settings else ""
         row["decoding"] = row["decoding"].replace("_", ", length-")
         row |= {name: plain(row[name]) for name in ("method", "decoding", "seen")}
-        for name in [name for name in (f"ndcg@{k}", f"hr@{k}", "dgu") if name in row]:
-            row[name.upper()] = "{} [{}, {}]".format(*(_text(row[name + end]) for end in ("", "_lo", "_hi")))
-    names = f"method decoding seen trainings NDCG@{k} HR@{k} DGU top_vs_history top_vs_next mgu h_bits ttr distinct"
+        for name in (f"ndcg@{k}", f"hr@{k}", "dgu", "top_vs_next", "mgu_next"):
+            if f"{name}_lo" in row:
+                row[name.upper()] = "{} [{}, {}]".format(*(_text(row[name + end]) for end in ("", "_lo", "_hi")))
+    names = f"method decoding seen trainings NDCG@{k} HR@{k} DGU top_vs_history TOP_VS_NEXT MGU_NEXT mgu h_bits ttr"
     held = {name for row in table for name in row} - {*without}
-    return markdown(table, [name for name in [*names.split(), "gini"] if name in held])
+    return markdown(table, [name for name in [*names.split(), "distinct", "gini"] if name in held])
 
 
 def verdict_table(fit: Sequence[Mapping[str, Any]], studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The paper's claims as Markdown: its figures, ours (SFT → Flower), and whether ours bear them out: a difference
-    counts whose p, adjusted by Holm, is below 0.05; accuracy is comparable if the whole 95% interval lies above a loss
-    of a tenth. fit: rows of notebook 05 (SFT → SubTB, medians over seeds). studies: data → rows of notebook 07."""
-    table, of = [], pd.DataFrame(fit, columns=["target", "n_titles", "budget", "method", "paths", *(
-        measures := ["kl_target_model", "catalogue_mass"])])
-    of = of[(of.target == "counts") & (of.paths == "reward")]
-    small = of[(of.n_titles == of.n_titles.min()) & (of.budget == of.budget.min())]
-    medians = small.groupby("method")[measures].median()
-    kl, mass = ((medians[name].get("sft"), medians[name].get("subtb")) for name in measures)
-    found = [] if None in kl else [kl[1] < kl[0], mass[1] >= mass[0]]
-    ours = ["{} → {} on the tree; mass on the titles {} → {}".format(*map(_text, kl + mass))] if found else []
-    table.append(("Flower fits known counts better than SFT (KL, nats)", "2.193 → 0.246", ours, found))
+    """The paper's claims, its figures, ours (SFT → Flower), and whether ours bear them out. A difference counts if its
+    p, adjusted by Holm, is below 0.05; accuracy is comparable if all of its 95% interval lies above a loss of a tenth.
+    fit: rows of notebook 05 (medians over seeds). studies: data → rows of notebook 07."""
+    ours, found, of = [], [], pd.DataFrame(row for row in fit if (row["target"], row["paths"]) == ("counts", "reward"))
+    if len(of) and {"sft", "subtb"} <= {*of.method}:
+        small = of[(of.n_titles == of.n_titles.min()) & (of.budget == of.budget.min())]
+        median = small.groupby("method")[["kl_target_model", "catalogue_mass"]].median()
+        kl, mass = (median.loc[["sft", "subtb"], name].tolist() for name in median)
+        ours = ["{} → {} on the tree; mass on the titles {} → {}".format(*map(_text, kl + mass))]
+        found = [kl[1] < kl[0], mass[1] >= mass[0]]
+    table = [("Flower fits known counts better than SFT (KL, nats)", "2.193 → 0.246", ours, found)]
     for metric, sign, claim, paper in CLAIMS:
         ours, found = [], []
         for data, rows in studies.items():
             beams = {row["method"]: row for row in rows if (row["decoding"], row["seen"]) == ("beam", "excluded")}
-            key = next((key for key in beams.get("Flower", {}) if re.fullmatch(rf"{metric}(@\d+)?_minus_sft", key)), None)
-            if metric and key:
-                row, name = beams["Flower"], key.removesuffix("_minus_sft")
+            row = beams.get("Flower", {})
+            for key in [key for key in row if re.fullmatch(rf"{metric}(@\d+)?_minus_sft", key)]:
+                before, after = (beams[name][key.removesuffix("_minus_sft")] for name in ("SFT", "Flower"))
                 difference, lo, hi, p = (row[f"{key}{end}"] for end in ("", "_lo", "_hi", "_p"))
-                least = -0.1 * beams["SFT"][name]
-                sure, gain = (lo > least or hi < least, lo > least) if sign == 0 else (p < 0.05, sign * difference > 0)
-                values = map(_text, (beams["SFT"][name], row[name], difference, lo, hi))
+                least = -0.1 * before  # for "no less"
+                gain = sign * difference > 0 if sign else lo > least
+                sure = p < 0.05 if sign else not lo <= least <= hi
+                values = map(_text, (before, after, difference, lo, hi))
                 ours.append("{}: {} → {}, difference {} [{}, {}]".format(plain(data), *values))
                 found.append(gain if sure else None)
         table.append((claim, paper, ours, found))
@@ -173,7 +173,21 @@ def headline(folder: Path) -> str:
         used = document["rows"][0] | document["provenance"]["settings"]
         line = "Profile {profile}: {dataset}, model {model}, {n_users:,} test rows, one seed.".format_map(used)
     tiny = " A tiny random model: it shows that everything runs, not which method is better."
-    return line + tiny if used["model"] == "tiny" else line
+    return line + (tiny if used["model"] == "tiny" else "") + choice(folder)
+
+
+def choice(folder: Path) -> str:
+    """What notebook 04 chose for the run's data on validation users, and what is more accurate; "" without its file."""
+    if not (path := folder / "results" / "04_choice.json").exists():
+        return ""
+    with store.reading(path):
+        rows = runs.read_results(path)
+        row = next(row for row in rows if row["chosen"])
+        better = [f"{one['method']} ({one['difference']:+.3f} NDCG)" for one in rows if one.get("lo", 0) > 0]
+        how = f", α = {row['decoding_alpha']:g} while decoding" if row["decoding_alpha"] else ", as it is"
+        line = f" Chosen for these data, on {row['n_users']:,} validation users: {row['method']}{how}."
+    line += " More accurate without a language model: " + " and ".join(better) + "." if better else ""
+    return line + (" No other setting is to be preferred to SFT." if row is rows[0] else "")
 
 
 def _results(folder: Path, notebooks: Mapping[str, Any]) -> str:

@@ -186,8 +186,7 @@ def _run(name: str, given: Mapping[str, Any], folder: Path, screen: Screen) -> f
     try:
         papermill.execute_notebook(
             FOLDER / name, executed, parameters=dict(given), kernel_name="python3", cwd=FOLDER, log_output=True,
-            stdout_file=sys.stdout, stderr_file=screen, progress_bar=False, extra_arguments=["--log-level=ERROR"],
-        )
+            stdout_file=sys.stdout, stderr_file=screen, progress_bar=False, extra_arguments=["--log-level=ERROR"])
     except papermill.PapermillExecutionError as error:
         fault = f"stopped with {error.ename}: {error.evalue} (see {executed})"
     except DeadKernelError:

@@ -10,8 +10,8 @@ from . import store
 from .settings import FIT_LOSSES, PREFERENCE_LOSSES, Settings, settings
 
 METHODS = ("Popularity", "ItemKNN", "EASE", "Preference", "SFT", "Temperature", "D3", "IFairLRS", "SFT, one target",
-           "Flower", "Flower-KL", "Flower, reward exact", "Flower-KL, reward none", "Next choices",
-           *(f"{name}, α while decoding" for name in ("SFT", "D3", "Preference")))
+           *(of_flower := ("Flower", "Flower-KL", "Flower, reward exact", "Flower-KL, reward none")), "Next choices",
+           *(f"{name}, α while decoding" for name in ("SFT", "D3", "Preference", *of_flower)))
 DECODINGS = ("top", "beam", "beam_normalised", "stochastic", "none")  # top: the whole catalogue's highest scores
 SEEN = ("excluded", "allowed")
 METHOD_NAMES = {

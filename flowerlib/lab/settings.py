@@ -84,7 +84,7 @@ class Settings(TrainSettings):
                 good = False
             if not good:
                 of = "|alpha| ≤ 100" if first == "alpha" else "reward none, div or add"
-                raise ValueError(f"{name} is {[*pairs]}: write [[{first}, theta], …], {of}, theta from 0 to below 1 (SFT)")
+                raise ValueError(f"{name} is {[*pairs]}: write [[{first}, theta], …], {of}, theta from 0 to below 1")
 
 
 PROFILES: dict[str, Settings] = {
@@ -92,35 +92,30 @@ PROFILES: dict[str, Settings] = {
         profile="smoke", max_items=80, max_users=60, max_history=8, preference_size=16, model="tiny", frozen_layers=1,
         tuned_layers=1, bfloat16=False, learning_rate=3e-3, batch_size=8, epochs=6.0, evaluations=2, n_seeds=2,
         sweep=((-0.25, 0.5), (-1.0, 0.2)), flower_sweep=(("div", 0.995), ("add", 0.9)), design=True, valid_users=20,
-        decoding_users=20, exact_users=4,
-    ),
+        decoding_users=20, exact_users=4),
     "laptop": Settings(),
     "study": Settings(
-        profile="study", epochs=2.0, evaluations=4, n_seeds=5, sweep=((0, 0.1), (-0.25, 0.1), (-0.5, 0.1)), design=True,
-        valid_users=0, exact_users=100,
-    ),
+        profile="study", epochs=2.0, evaluations=4, n_seeds=3, sweep=((-0.25, 0.1), (-0.5, 0.1)),
+        flower_sweep=(("div", 0.995), ("div", 0.9)), one_target=False, exact_users=40),
     "paper": Settings(
         profile="paper", dataset="video_games", data_path="data/video_games", category="video game", split="time",
         max_history=10, model="Qwen/Qwen2.5-1.5B", frozen_layers=0, tuned_layers=0, cut_vocabulary=False,
         rows="target", learning_rate=3e-4, batch_size=256, epochs=7.0, evaluations=7, valid_users=0, counts="windowed",
         reward="div", alpha=1.0, flow="subtb", theta=0.9995, paths="policy",
         flower_sweep=(("div", 0.9995), ("none", 0.9995), ("add", 0.9995)),
-        sweep=((1, 0.99), (1, 0.995), (1, 0.999), (1, 0.9995), (1, 0.9999)), decoding_users=0, exact_users=200,
-    ),
+        sweep=((1, 0.99), (1, 0.995), (1, 0.999), (1, 0.9995), (1, 0.9999)), decoding_users=0, exact_users=200),
 }
 WHOLE_VOCABULARY = {"tuned_layers": 0, "cut_vocabulary": False}
 FIT: dict[str, dict[str, Any]] = {  # where notebook 05 differs from its profile: one prompt, no user, no history
     "smoke": WHOLE_VOCABULARY | dict(
         n_seeds=1, target_alpha=4.0, n_titles=12, min_count=250, methods=FIT_LOSSES + PREFERENCE_LOSSES,
-        fit_paths=FIT_PATHS,
-        budget=6_000, longer=0, large_budget=10_000, large_titles=32, preference_learning_rate=3e-3,
-    ),
+        fit_paths=FIT_PATHS, budget=6_000, longer=0, large_budget=10_000, large_titles=32,
+        preference_learning_rate=3e-3),
     "laptop": (alone := WHOLE_VOCABULARY | dict(n_seeds=3, frozen_layers=26, learning_rate=1e-3)),
     "study": alone,
     "paper": WHOLE_VOCABULARY | dict(
-        n_seeds=3, min_count=1, budget=320_000, large_budget=3_000_000,
-        learning_rate=1e-5, preference_learning_rate=1e-6,
-    ),
+        n_seeds=3, min_count=1, budget=320_000, large_budget=3_000_000, learning_rate=1e-5,
+        preference_learning_rate=1e-6),
 }
 
 

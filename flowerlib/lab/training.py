@@ -411,7 +411,6 @@ def trainer_arguments(settings: TrainSettings, folder: Path, n_rows: int) -> Tra
         save_total_limit=2, load_best_model_at_end=True, logging_steps=max(1, total // 50), report_to="none",
         seed=settings.seed, remove_unused_columns=False, prediction_loss_only=True, disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),  # else several CPU processes would not know of each other
-        bf16=settings.bfloat16 and computes_in_bfloat16(), dataloader_pin_memory=torch.cuda.is_available(),
-    )
+        bf16=settings.bfloat16 and computes_in_bfloat16(), dataloader_pin_memory=torch.cuda.is_available())
     arguments._n_gpu = min(1, arguments.n_gpu)  # transformers would put a batch on each device that it sees
     return arguments
