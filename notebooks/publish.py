@@ -18,8 +18,7 @@ from flowerlib.lab.reproduce import (
 from flowerlib.lab.settings import PROFILES
 
 ONE_RUN = (*NOTEBOOKS, BY_HAND, EXPLORERS, COMPARISON)  # published together
-SHORT = (  # of the comparison, in README
-    "Next choices", "Preference", "EASE", "D3", "SFT", "SFT, α while decoding", "Flower", "Flower-KL", "Popularity")
+SHORT = ("Next choices", "Preference", "SFT", "SFT, α while decoding", "Flower", "Flower-KL")
 RUNS, FIGURES = store.ROOT / "runs", store.ROOT / "figures"
 PAGES = (store.ROOT / "README.md", FIGURES / "README.md", FOLDER / "README.md")
 
@@ -42,14 +41,15 @@ def copy_outputs(executed: Path, source: Path) -> None:
 def filled(page: str) -> str:
     """A page with the tables between <!-- mark --> and <!-- /mark -->, and the seconds behind the notebooks, anew."""
     rows = {path.stem: runs.read_results(path) for path in FIGURES.glob("0[1-8]_*.json")}
-    short = [row for row in rows["07_which_title_next"] if row["method"] in SHORT and row["seen"] == "excluded"
+    short = [{key: value for key, value in row.items() if key not in report.SETTINGS}
+             for row in rows["07_which_title_next"] if row["method"] in SHORT and row["seen"] == "excluded"
              and row["decoding"] != "beam_normalised"]
     studies = {"MovieLens-100K": "07_which_title_next", "Video Games": "07_video_games"}
     studies = {data: rows[name] for data, name in studies.items() if name in rows}
+    less = "decoding seen trainings HR@10 top_vs_history MGU_NEXT mgu ttr gini".split()
     tables = {
         "verdict": report.verdict_table(rows["05_fit_a_known_distribution"], studies),
-        "results": report.lists_table(short, "decoding", "seen", "HR@10", "top_vs_history", "MGU_NEXT", "mgu",
-                                      "ttr", "gini"),
+        "results": report.lists_table(short, *less),
         "next": report.lists_table(rows["07_which_title_next"], "mgu", "ttr", "gini"),
         "fit": report.fit_table(rows["05_fit_a_known_distribution"]),
         "speed": report.speed_table(rows["08_bench"]),

@@ -325,7 +325,7 @@ def test_the_results_say_how_long_their_models_were_trained(smoke):
 
 def test_the_bias_is_taken_apart(smoke):
     steps = runs.read_results(smoke / "results" / "07_exact.json")
-    assert {row["model"] for row in steps} == {"SFT", "Flower-KL", "reward on the tree"}
+    assert {row["model"] for row in steps} == {"SFT", "Flower-KL", "reward"}
     shares = {(row["model"], row["seen"], row["step"]): row["shares"] for row in steps}
     for share in shares.values():
         assert sum(share) == pytest.approx(1)

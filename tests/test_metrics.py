@@ -87,7 +87,7 @@ def test_intervals_hold_the_value_and_nothing_differs_from_itself(case, seed):
     for name in metrics.evaluate(*case, ks=(k,), n_bootstrap=0, n_groups=2):
         assert got[f"{name}_lo"] <= got[name] <= got[f"{name}_hi"], name
     same = metrics.compare(case[0], case[0], *case[1:], ks=(k,), n_bootstrap=20, n_groups=2)
-    assert set(same.values()) == {(0.0, 0.0, 0.0)}
+    assert set(same.values()) == {(0.0, 0.0, 0.0, 1.0)}
 
 
 def test_accuracy_by_hand():
@@ -328,7 +328,8 @@ def test_trainings_are_averaged_and_widen_the_intervals(shop):
         wide, narrow, one = (x[f"{name}_hi"] - x[f"{name}_lo"] for x in (of_all, same, alone[1]))
         assert wide > 2 * narrow and narrow == pytest.approx(one, rel=0.2), name  # no spread of trainings adds nothing
     one, many = metrics.compare(lists[0], lists, targets, counts, titles), metrics.compare(lists, lists[0], targets, counts, titles)
-    np.testing.assert_allclose(one["gini"], np.multiply(many["gini"], -1)[[0, 2, 1]])
+    np.testing.assert_allclose(one["gini"][:3], np.multiply(many["gini"], -1)[[0, 2, 1]])
+    assert one["gini"][3] == many["gini"][3]
     with pytest.raises(ValueError, match="3 and 2 trainings"):
         metrics.compare(lists, lists[:2], targets, counts, titles)
 
