@@ -6,7 +6,6 @@ import argparse
 import re
 import shutil
 import time
-import zipfile
 from pathlib import Path
 
 import nbformat
@@ -61,14 +60,6 @@ def filled(page: str) -> str:
     return page
 
 
-def archive(run: Path, place: Path) -> None:
-    """Packs lists, exact distributions and p_ui of a study: unpacked into a run's folder, they are not made anew."""
-    made = [path for kind in ("lists", "exact", "preference") for path in (run / kind).rglob("*.*") if path.is_file()]
-    with store.atomic(place) as new, zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as packed:
-        for path in sorted(made):
-            packed.write(path, path.relative_to(run))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", choices=[*ONE_RUN, *STUDIES, []], metavar="notebook")
@@ -94,8 +85,8 @@ def main() -> None:
             copies |= {path: path.name for path in folder.glob(pattern)}
     for path, name in copies.items():
         shutil.copy(path, FIGURES / name)
-    if COMPARISON in names:
-        archive(folder, FIGURES / "07_made.zip")
+    for kind in ("lists", "preference") if COMPARISON in names else ():  # unpacked into a run, they are not made anew
+        shutil.make_archive(str(FIGURES / f"07_{kind}"), "zip", folder, kind)
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"{len(names)} notebooks, {FIGURES.name}/ and the pages hold the run in {folder}")

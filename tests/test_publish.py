@@ -2,7 +2,7 @@
 
 import json
 import re
-import zipfile
+import shutil
 
 import nbformat
 import pytest
@@ -61,7 +61,7 @@ def house(tmp_path, monkeypatch):
     def fake(profile, out, overrides, only):
         calls.append((profile, out, tuple(only)))
         folder = folders["runs"] / out
-        for name in ("notebooks", "figures", "results"):
+        for name in ("notebooks", "figures", "results", "lists", "preference"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / "timings.json").write_text(f'{{"profile": "{profile}"}}')
         for name in only:
@@ -120,16 +120,17 @@ def test_one_notebook_alone_takes_up_the_last_run(house, monkeypatch):
 def test_what_a_study_has_made_is_packed_without_its_data(house, monkeypatch):
     root, _ = house
     study = root / "runs" / "study"
-    made = ("lists/SFT-1.json", "exact/SFT-2.json", "preference/p_ui-3/made.json", "preference/p_ui-3/model.safetensors")
-    for name in (*made, "data/train.parquet", "sft/SFT-1/made.json", "results/07_lists.parquet"):
+    for name in ("lists/SFT-1.json", "preference/p_ui-3/made.json", "data/train.parquet", "sft/SFT-1/made.json"):
         (study / name).parent.mkdir(parents=True, exist_ok=True)
         (study / name).write_text(name)
-    nbformat.write(notebook(("1", {})), root / "notebooks" / reproduce.COMPARISON)
     run(monkeypatch, reproduce.COMPARISON)
-    with zipfile.ZipFile(root / "figures" / "07_made.zip") as packed:
-        assert packed.namelist() == sorted(made)
-        packed.extractall(root / "new")
-    assert (root / "new" / made[0]).read_text() == made[0]
+    packed = sorted((root / "figures").glob("*.zip"))
+    assert [path.name for path in packed] == ["07_lists.zip", "07_preference.zip"]
+    for path in packed:
+        shutil.unpack_archive(path, root / "new")
+    left = [path.relative_to(root / "new").as_posix() for path in (root / "new").rglob("*") if path.is_file()]
+    assert sorted(left) == ["lists/SFT-1.json", "preference/p_ui-3/made.json"]
+    assert (root / "new" / left[0]).read_text() == left[0]
 
 
 def test_the_pages_state_what_the_results_files_hold():
