@@ -77,7 +77,7 @@ class TrainSettings:
     learning_rate: float = setting(2e-3, low=1e-12, high=1)
     batch_size: int = setting(4, low=1)  # rows a step
     device_batch: int = setting(8, low=1)  # rows that a device takes at a time; gradients add up to batch_size
-    bfloat16: bool = True  # train in bfloat16 where the processor computes in it (GPUs; CPUs with AVX512_BF16 or AMX)
+    bfloat16: bool = True  # train in bfloat16 where the processor gains by it (GPUs; most CPUs with AVX512_BF16, AMX)
     epochs: float = setting(1.0, low=1e-9)
     evaluations: int = setting(3, low=1)  # validations (and checkpoints) during training
     validation_rows: int = 256  # rows of valid.parquet that select the checkpoint (0: all)

@@ -172,4 +172,4 @@ def test_one_name_means_one_thing():
     shared = {name for one in NUMBERED for other in NUMBERED if one != other
               for name in declared(one).keys() & declared(other).keys()}
     assert shared - {"PROFILE", "OUT"} == {"seed", "model", "frozen_layers", "learning_rate", "epochs", "n_seeds",
-                                           "n_beams", "test_rows", "alphas", "valid_users"}
+                                           "n_beams", "test_rows", "alphas", "valid_users", "bfloat16"}

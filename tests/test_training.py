@@ -48,11 +48,6 @@ def test_the_cached_trunk_gives_the_loss_of_the_whole_model(tmp_path):
     torch.testing.assert_close(made.loss(upper, batch), whole, rtol=1e-3, atol=1e-3)
 
 
-def test_sampled_paths_need_every_layer():
-    with pytest.raises(ValueError, match="set frozen_layers and tuned_layers to 0"):
-        training.finetune(None, None, TrainSettings(paths="policy"), None, None, torch.zeros(7))
-
-
 def test_batches_of_like_lengths_hold_every_row_and_go_on_where_they_were():
     lengths = np.random.default_rng(0).integers(1, 60, 200).tolist()
     sampler, other = training.LikeLengths(lengths, 8, seed=1), training.LikeLengths(lengths, 8, seed=1)
@@ -314,6 +309,16 @@ def test_lora_is_merged_into_the_saved_model(tmp_path):
     assert weights.keys() == whole.keys()
     changed = {name for name in whole if not torch.equal(weights[name].cpu(), whole[name])}
     assert changed and all("layers.1." in name and "proj" in name for name in changed)
+
+
+@pytest.mark.parametrize("paths", ["reward", "policy"])
+def test_drawn_paths_go_through_the_frozen_layers_and_leave_them_as_they_are(tmp_path, paths):
+    whole = open_backbone(TINY, TITLES).model.state_dict()
+    weights, _, _ = run_training(tmp_path, replace(TINY, paths=paths, epochs=1.0))
+    changed = {name for name in whole if not torch.equal(weights[name].cpu(), whole[name])}
+    assert changed == {name for name in whole if "layers.0." not in name and "embed_tokens" not in name}
+    with pytest.raises(ValueError, match="set lora_rank to 0"):
+        run_training(tmp_path, replace(TINY, paths=paths, lora_rank=2))
 
 
 @pytest.mark.parametrize("whole", [False, True])

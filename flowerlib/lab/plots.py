@@ -46,8 +46,7 @@ METRIC_LABELS = {
     "ttr": "TTR (distinct words per word)",
     "distinct": "distinct titles recommended",
     "coverage": "coverage (share of the catalogue)",
-    "gini": "Gini of the exposure (0 = equal)",
-}
+    "gini": "Gini of the exposure (0 = equal)"}
 
 
 def theme() -> None:
@@ -56,8 +55,7 @@ def theme() -> None:
         "figure.figsize": (8, 4.5), "figure.dpi": 100, "figure.constrained_layout.use": True,
         "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left", "xtick.labelsize": 12,
         "ytick.labelsize": 12, "legend.fontsize": 12, "lines.linewidth": 2.2, "hatch.linewidth": 0.8,
-        "axes.spines.top": False, "axes.spines.right": False,
-    })
+        "axes.spines.top": False, "axes.spines.right": False})
 
 
 def styles(names: Iterable[str]) -> dict[str, tuple[Any, Any, str, str]]:

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import (
-    EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, logging, set_seed,
-)
+    EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, logging, set_seed)
 from transformers.utils import ModelOutput
 
 from .. import data, metrics

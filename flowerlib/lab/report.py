@@ -28,8 +28,7 @@ CLAIMS = (  # the paper's beside the fit; -1: less is claimed, 1: more, 0: no le
     ("h_bits", 1, "… more diverse (H, bits)", "7.828 → 8.428"),
     ("ndcg", 0, "… as accurate (NDCG)", "comparable"),
     ("", 0, "… the better reference of S-DPO, DMPO, RosePO and PPO", "better in all"),
-    ("", 0, "The reward div is best; a token is the best step", "ablations"),
-)
+    ("", 0, "The reward div is best; a token is the best step", "ablations"))
 FORMULA = re.compile(r"(```.+?```|`[^`\n]+`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$]+?)(?<![\s\\])\$(?![\w$])", re.S)
 SPECIAL = re.compile(r"[][<>&\"`$|\\*~#\n\r]|(?<![^\W_])_|_(?![^\W_])|:(?=/)")  # to HTML, Markdown or MathML
 PAGE = """{% extends 'lab/index.html.j2' %}

@@ -103,8 +103,7 @@ PROFILES: dict[str, Settings] = {
         rows="target", learning_rate=3e-4, batch_size=256, epochs=7.0, evaluations=7, valid_users=0, counts="windowed",
         reward="div", alpha=1.0, flow="subtb", theta=0.9995, paths="policy",
         flower_sweep=(("div", 0.9995), ("none", 0.9995), ("add", 0.9995)),
-        sweep=((1, 0.99), (1, 0.995), (1, 0.999), (1, 0.9995), (1, 0.9999)), decoding_users=0, exact_users=200),
-}
+        sweep=((1, 0.99), (1, 0.995), (1, 0.999), (1, 0.9995), (1, 0.9999)), decoding_users=0, exact_users=200)}
 WHOLE_VOCABULARY = {"tuned_layers": 0, "cut_vocabulary": False}
 FIT: dict[str, dict[str, Any]] = {  # where notebook 05 differs from its profile: one prompt, no user, no history
     "smoke": WHOLE_VOCABULARY | dict(
@@ -115,8 +114,7 @@ FIT: dict[str, dict[str, Any]] = {  # where notebook 05 differs from its profile
     "study": alone,
     "paper": WHOLE_VOCABULARY | dict(
         n_seeds=3, min_count=1, budget=320_000, large_budget=3_000_000, learning_rate=1e-5,
-        preference_learning_rate=1e-6),
-}
+        preference_learning_rate=1e-6)}
 
 
 def settings(profile: str, after: str | Path | None = None, fit: bool = False, **overrides: Any) -> Settings:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+import timeit
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
@@ -147,11 +148,20 @@ def log_table(history: list[dict[str, float]], last_step: int | None = None) -> 
     return pd.DataFrame(records)
 
 
+@lru_cache
 def computes_in_bfloat16() -> bool:
-    """Whether this machine's GPU, or without one its CPU, has instructions for bfloat16; elsewhere it would be slow."""
+    """Whether this machine's GPU, or without one its CPU, gains by bfloat16: it must have the instructions, and a CPU
+    must be faster with them (some that have AVX512_BF16 alone take twice as long as in float32)."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if not any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")):
+        return False
+
+    def least(dtype: torch.dtype) -> float:
+        square = torch.ones(512, 512, dtype=dtype)
+        return min(timeit.repeat(lambda: square @ square, number=1, repeat=8))
+
+    return least(torch.bfloat16) < least(torch.float32)
 
 
 @lru_cache
@@ -203,8 +213,8 @@ def finetune(backbone: Backbone, tables: data.Tables, settings: TrainSettings, f
 
     Returns the log: columns step, loss, kind ("train" or "validation"), sft and flow (nats a token; nats² or nats a
     node); and the folder of this training. Raises ValueError: a title or a row is longer than the model's context;
-    `dry_run` fails; sampled paths behind frozen layers; a reward that is not positive; a batch that does not part
-    evenly over the processes; another process trains the same.
+    `dry_run` fails; LoRA with drawn paths behind frozen layers; a reward that is not positive; a batch that does not
+    part evenly over the processes; another process trains the same.
 
     Args:
         folder: gets a folder <method>-<digest> for this training.
@@ -212,8 +222,9 @@ def finetune(backbone: Backbone, tables: data.Tables, settings: TrainSettings, f
         log_item_rewards: (n_items,) log R in nats for Flower; None is SFT.
         preference: p_ui, needed by every reward but "none". leaf_weights: as `Objective` takes them."""
     settings = settings if log_item_rewards is not None else replace(settings, theta=1.0)
-    if settings.theta < 1 and settings.frozen_layers and settings.paths != "logged":
-        raise ValueError("paths that are drawn need every layer at hand: set frozen_layers and tuned_layers to 0 in 02")
+    drawn = settings.theta < 1 and settings.paths != "logged"  # such paths go through the frozen layers step by step
+    if drawn and settings.frozen_layers and settings.lora_rank:
+        raise ValueError("LoRA would tune the frozen layers, which drawn paths go through: set lora_rank to 0")
     model, _, catalogue = backbone
     origin = made_from(settings, tables, log_item_rewards, preference, leaf_weights)
     folder = folder / f"{settings.method.split(',')[0]}-{store.digest(origin)}"
@@ -237,10 +248,11 @@ def finetune(backbone: Backbone, tables: data.Tables, settings: TrainSettings, f
             start = time.perf_counter()
             set_seed(settings.seed)
             if settings.frozen_layers:
-                trunk, tuned = split_layers(model, settings.frozen_layers)
-                tuned.get_input_embeddings().requires_grad_(False)
+                trunk, upper = split_layers(model, settings.frozen_layers)
+                model.get_input_embeddings().requires_grad_(False)
+                tuned = model if drawn else upper
                 with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
-                    for part, name in ((rows, "train"), (valid, "valid")):
+                    for part, name in () if drawn else ((rows, "train"), (valid, "valid")):
                         run_trunk(part, trunk, cache, f"{name}_bfloat16" if arguments.bf16 else name)
         if settings.lora_rank:
             tuned = with_lora(tuned, settings.lora_rank)
