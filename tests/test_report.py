@@ -33,7 +33,7 @@ def test_the_verdict_by_hand():
     def flower(**differences):
         ends = [("", 0), ("_lo", -0.05), ("_hi", 0.05)]
         own = {f"{name}_minus_sft{end}": d + e for name, (d, _) in differences.items() for end, e in ends}
-        return LISTS | {"decoding": "beam", "method": "Flower", "dgu": 0.1} | own | {
+        return LISTS | {"decoding": "beam", "method": "Flower", "dgu": 0.1, "trainings": 3} | own | {
             f"{name}_minus_sft_p": p for name, (_, p) in differences.items()}
 
     sft, other = LISTS | {"decoding": "beam"}, {"seen": "allowed", "decoding": "beam", "method": "Flower", "dgu": 0.9}
@@ -47,6 +47,8 @@ def test_the_verdict_by_hand():
     assert [line[-1] for line in lines[2:]] == ["undecided", "undecided", "not tested", "not tested"]
     alone = [line[-1] for line in cells(report.verdict_table([], {"b": [sft, bad]}))[1:]]
     assert alone == ["not tested", "contradicted", "undecided", "undecided", "not tested", "not tested"]
+    once = cells(report.verdict_table([], {"b": [sft, bad | {"trainings": 1}]}))[2]
+    assert once[2:] == ["b: 0.200 → 0.100, difference 0.100 [0.050, 0.150], one training", "undecided"]
     level = [sft, flower(**{"ndcg@5": (0.04, 1.0), "h_bits": (0.1, 0.04)}) | {"ndcg@5": 0.3}]
     level[0]["ndcg@5"] = 0.3
     assert [line[-1] for line in cells(report.verdict_table([], {"c": level}))[2:5]] == [

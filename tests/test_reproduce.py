@@ -34,7 +34,7 @@ def dry(monkeypatch, tmp_path):
         return 1.0
 
     monkeypatch.setattr(reproduce, "_run", noted)
-    monkeypatch.setattr(store, "matmul_seconds", lambda during: 0.01)
+    monkeypatch.setattr(store, "matmul_seconds", lambda *_, **__: 0.01)
 
     def run(overrides={}, only=reproduce.NOTEBOOKS, **more):
         ran.clear()
@@ -61,7 +61,7 @@ def forbid_training(monkeypatch):
 def test_a_run_says_at_its_start_how_long_what_is_left_will_take(dry, monkeypatch, capsys):
     published = store.read_json(reproduce.TIMES / "timings_smoke.json")
     then = statistics.median(entry["matmul_1024_seconds"] for entry in published.values())
-    monkeypatch.setattr(store, "matmul_seconds", lambda during: 2 * then)
+    monkeypatch.setattr(store, "matmul_seconds", lambda *_, **__: 2 * then)
     dry(only=[PREPARE, SFT])
     seconds = [2 * published[name]["seconds"] for name in (PREPARE, SFT)]
     assert f"about {reproduce.minutes(sum(seconds))} from scratch on this machine" in capsys.readouterr().out

@@ -279,6 +279,15 @@ def test_bfloat16_counts_where_the_machine_computes_in_it(monkeypatch):
     assert able == {False: [False, False], True: [False, True]}
 
 
+@pytest.mark.parametrize("instructions, seconds, answer", [("avx512_bf16", 0.5, True), ("avx512_bf16", 1.9, False),
+                                                           ("amx_bf16", 0.5, True), ("avx2", 0.5, False)])
+def test_a_processor_must_gain_by_bfloat16(monkeypatch, instructions, seconds, answer):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instructions: True})
+    monkeypatch.setattr(store, "matmul_seconds", lambda dtype=torch.float32: seconds if dtype == torch.bfloat16 else 1.0)
+    assert training.computes_in_bfloat16.__wrapped__() is answer
+
+
 def test_sft_of_any_theta_is_one_training(tmp_path, begun):
     """Without item rewards it is SFT, whatever the settings say of Flower."""
     _, log, made = run_training(tmp_path, alpha=None)

@@ -79,8 +79,8 @@ def lists_table(rows: Sequence[Mapping[str, Any]], *without: str) -> str:
 
 
 def verdict_table(fit: Sequence[Mapping[str, Any]], studies: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The paper's claims, its figures, ours (SFT → Flower), and whether ours bear them out. A difference counts if its
-    p, adjusted by Holm, is below 0.05; accuracy is comparable if all of its 95% interval lies above a loss of a tenth.
+    """The paper's claims, its figures, ours (SFT → Flower), and what ours, of several trainings, say of them. A
+    difference counts if p, adjusted by Holm, is < 0.05; accuracy is comparable if all of its 95% interval is > −10%.
     fit: rows of notebook 05 (medians over seeds). studies: data → rows of notebook 07."""
     ours, found, of = [], [], pd.DataFrame(row for row in fit if (row["target"], row["paths"]) == ("counts", "reward"))
     if len(of) and {"sft", "subtb"} <= {*of.method}:
@@ -100,9 +100,10 @@ def verdict_table(fit: Sequence[Mapping[str, Any]], studies: Mapping[str, Sequen
                 difference, lo, hi, p = (row[f"{key}{end}"] for end in ("", "_lo", "_hi", "_p"))
                 least = -0.1 * before  # for "no less"
                 gain = sign * difference > 0 if sign else lo > least
-                sure = p < 0.05 if sign else not lo <= least <= hi
+                sure = row["trainings"] > 1 and (p < 0.05 if sign else not lo <= least <= hi)
                 values = map(_text, (before, after, difference, lo, hi))
-                ours.append("{}: {} → {}, difference {} [{}, {}]".format(plain(data), *values))
+                text = "{}: {} → {}, difference {} [{}, {}]".format(plain(data), *values)
+                ours.append(text + ", one training" * (row["trainings"] == 1))
                 found.append(gain if sure else None)
         table.append((claim, paper, ours, found))
     words = {(): "not tested", (True,): "borne out", (False,): "contradicted"}

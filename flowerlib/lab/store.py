@@ -172,9 +172,9 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def matmul_seconds(during: float = 0.05) -> float:
-    """Median seconds of one float32 (1024, 1024) matrix product, measured for so many seconds."""
-    a, times, end = torch.ones(1024, 1024), [], time.perf_counter() + during
+def matmul_seconds(during: float = 0.05, dtype: torch.dtype = torch.float32) -> float:
+    """Median seconds of one (1024, 1024) matrix product, measured for so many seconds."""
+    a, times, end = torch.ones(1024, 1024, dtype=dtype), [], time.perf_counter() + during
     while len(times) < 5 or time.perf_counter() < end:
         times.append(timeit.timeit(lambda: a @ a, number=1))
     return float(np.median(times))

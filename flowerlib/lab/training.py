@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import time
-import timeit
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
@@ -154,14 +153,8 @@ def computes_in_bfloat16() -> bool:
     must be faster with them (some that have AVX512_BF16 alone take twice as long as in float32)."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if not any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")):
-        return False
-
-    def least(dtype: torch.dtype) -> float:
-        square = torch.ones(512, 512, dtype=dtype)
-        return min(timeit.repeat(lambda: square @ square, number=1, repeat=8))
-
-    return least(torch.bfloat16) < least(torch.float32)
+    able = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return able and store.matmul_seconds(dtype=torch.bfloat16) < store.matmul_seconds()
 
 
 @lru_cache
