@@ -1,6 +1,7 @@
 """For maintainers: puts what `make study` has run into the repository: `python notebooks/publish.py [notebook …]`.
 
-Without names 00–04, 07 and 09; the times of smoke and laptop are then taken anew, from scratch."""
+Without names 00–04, 07 and 09; the times of smoke and laptop are then taken anew, from scratch. With 07 goes what is
+left in runs/study-video_games, where it has run on the paper's data."""
 
 import argparse
 import re
@@ -40,16 +41,17 @@ def copy_outputs(executed: Path, source: Path) -> None:
 def filled(page: str) -> str:
     """A page with the tables between <!-- mark --> and <!-- /mark -->, and the seconds behind the notebooks, anew."""
     rows = {path.stem: runs.read_results(path) for path in FIGURES.glob("0[1-8]_*.json")}
-    short = [{key: value for key, value in row.items() if key not in report.SETTINGS}
-             for row in rows["07_which_title_next"] if row["method"] in SHORT and row["seen"] == "excluded"
-             and row["decoding"] != "beam_normalised"]
-    studies = {"MovieLens-100K": "07_which_title_next", "Video Games": "07_video_games"}
+    studies = {"MovieLens-100K": "07_which_title_next", "Video Games": "07_video_games_which_title_next"}
     studies = {data: rows[name] for data, name in studies.items() if name in rows}
+    short = [{key: value for key, value in row.items() if key not in report.SETTINGS}
+             for row in studies["MovieLens-100K"] if row["method"] in SHORT and row["seen"] == "excluded"
+             and row["decoding"] != "beam_normalised"]
     less = "decoding seen trainings HR@10 top_vs_history MGU_NEXT mgu ttr gini".split()
     tables = {
         "verdict": report.verdict_table(rows["05_fit_a_known_distribution"], studies),
         "results": report.lists_table(short, *less),
-        "next": report.lists_table(rows["07_which_title_next"], "mgu", "ttr", "gini"),
+        **{mark: report.lists_table(of, "mgu", "ttr", "gini")
+           for mark, of in zip(("next", "video_games"), studies.values())},
         "fit": report.fit_table(rows["05_fit_a_known_distribution"]),
         "speed": report.speed_table(rows["08_bench"]),
         "timings": report.timing_table(store.read_json(FIGURES / "timings.json"), NOTEBOOKS)}
@@ -83,10 +85,14 @@ def main() -> None:
         copy_outputs(folder / "notebooks" / name, FOLDER / name)
         for pattern in (f"figures/{name[:2]}_*.png", f"results/{name[:2]}_*.json"):  # no lists of users
             copies |= {path: path.name for path in folder.glob(pattern)}
+    for run in (folder, *RUNS.glob("study-video_games")) if COMPARISON in names else ():
+        prefix = f"07{run.name[5:].replace('-', '_')}_"
+        copies |= {path: prefix + path.name[3:] for path in run.glob("*/07_*") if path.suffix in (".png", ".json")}
+        for kind in ("lists", "preference", "exact"):  # unpacked into a run, they are not made anew
+            if (run / kind).exists():
+                shutil.make_archive(str(FIGURES / f"{prefix}{kind}"), "zip", run, kind)
     for path, name in copies.items():
         shutil.copy(path, FIGURES / name)
-    for kind in ("lists", "preference") if COMPARISON in names else ():  # unpacked into a run, they are not made anew
-        shutil.make_archive(str(FIGURES / f"07_{kind}"), "zip", folder, kind)
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"{len(names)} notebooks, {FIGURES.name}/ and the pages hold the run in {folder}")

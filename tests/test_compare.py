@@ -290,8 +290,9 @@ def test_settings_are_selected_on_validation_users(smoke):
 
 def test_the_design_stands_beside_sft_of_as_many_passes(smoke):
     designed = runs.read_results(smoke / "results" / "07_design.json")
-    assert {row["part"] for row in designed} == {"valid, one pass"} and len(designed) == 20
+    assert {row["part"] for row in designed} == {"valid, one pass"} and len(designed) == 22
     assert [row["flow"] for row in designed].count("none") == 1 and designed[0]["method"] == "SFT"
+    assert {row["paths"] for row in designed if "paths" in row} == {"reward", "policy"}
 
 
 def test_other_decodings_stand_beside_the_first_training(smoke):

@@ -120,17 +120,32 @@ def test_one_notebook_alone_takes_up_the_last_run(house, monkeypatch):
 def test_what_a_study_has_made_is_packed_without_its_data(house, monkeypatch):
     root, _ = house
     study = root / "runs" / "study"
-    for name in ("lists/SFT-1.json", "preference/p_ui-3/made.json", "data/train.parquet", "sft/SFT-1/made.json"):
+    kept = ("exact/SFT-1.json", "lists/SFT-1.json", "preference/p_ui-3/made.json")
+    for name in (*kept, "data/train.parquet", "sft/SFT-1/made.json"):
         (study / name).parent.mkdir(parents=True, exist_ok=True)
         (study / name).write_text(name)
     run(monkeypatch, reproduce.COMPARISON)
     packed = sorted((root / "figures").glob("*.zip"))
-    assert [path.name for path in packed] == ["07_lists.zip", "07_preference.zip"]
+    assert [path.name for path in packed] == ["07_exact.zip", "07_lists.zip", "07_preference.zip"]
     for path in packed:
         shutil.unpack_archive(path, root / "new")
     left = [path.relative_to(root / "new").as_posix() for path in (root / "new").rglob("*") if path.is_file()]
-    assert sorted(left) == ["lists/SFT-1.json", "preference/p_ui-3/made.json"]
+    assert sorted(left) == sorted(kept)
     assert (root / "new" / left[0]).read_text() == left[0]
+
+
+def test_the_study_on_the_papers_data_goes_under_names_of_its_own(house, monkeypatch):
+    root, calls = house
+    made = ("lists/SFT-1.json", "preference/p_ui-3/made.json", "results/07_test.json", "figures/07_test.png")
+    for name in made:
+        path = root / "runs" / "study-video_games" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("video games")
+    run(monkeypatch, reproduce.COMPARISON)
+    assert len(calls) == 1  # nothing is run there
+    found = {path.name for path in (root / "figures").glob("07_video_games_*")}
+    assert found == {f"07_video_games_{name}" for name in ("lists.zip", "preference.zip", "test.json", "test.png")}
+    assert (root / "figures" / "07_video_games_test.json").read_text() == "video games"
 
 
 def test_the_pages_state_what_the_results_files_hold():
