@@ -236,7 +236,7 @@ def context_limit(model: PreTrainedModel) -> int:
 
 def split_layers(model: PreTrainedModel, n_frozen: int) -> tuple[nn.Module, PreTrainedModel]:
     """The model in two that share its weights: (trunk, upper).
-    `trunk(input_ids=…, attention_mask=…).last_hidden_state` is what leaves the lowest `n_frozen` layers, (B, T, H);
+    `trunk(input_ids=…).last_hidden_state` is what leaves the lowest `n_frozen` layers, (B, T, H);
     `upper(inputs_embeds=that, …)` goes on from there to the logits. Tuning `upper` tunes `model`. The trunk is frozen
     and in evaluation mode; `upper` is in training mode, whatever `model` is in: call upper.eval() to measure. Raises
     ValueError where `model` isn't built like a Llama (embed_tokens, layers, norm, rotary_emb) or has too few layers."""

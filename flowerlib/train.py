@@ -21,7 +21,7 @@ from . import data, losses
 from .losses import sft_loss, subpath_weights
 from .model import Catalogue
 from .rewards import preference_log_rewards, tilted
-from .tree import additive, left_padded, pack, positions, sample_leaves
+from .tree import additive, pack, right_padded, sample_leaves
 from .trie import TitleTrie
 
 NO_TARGET, EOS_TARGET = -1, -2  # values in a row's `nodes` where there is no node of the tree
@@ -178,17 +178,16 @@ def validation_rows(catalogue: Catalogue, tables: data.Tables, settings: TrainSe
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Rows → input_ids, attention_mask, nodes (B, L) and, with a trunk, inputs_embeds (B, L, H), padded on the left;
-    leaves (B, M), -1 on the right, and n_history (B,)."""
-    ids, mask = left_padded([row["input_ids"] for row in rows], multiple=WIDTHS)
-    nodes, _ = left_padded([row["nodes"] for row in rows], NO_TARGET, WIDTHS)
-    leaves = pad_sequence([torch.tensor(row["leaves"]) for row in rows], batch_first=True, padding_value=-1)
-    batch = {"input_ids": ids, "attention_mask": mask, "nodes": nodes, "leaves": leaves,
+    """Rows → input_ids, nodes (B, L) and, with a trunk, inputs_embeds (B, L, H); leaves (B, M), all padded on the
+    right, leaves with -1; and n_history (B,)."""
+    ids = right_padded([row["input_ids"] for row in rows], multiple=WIDTHS)
+    batch = {"input_ids": ids, "nodes": right_padded([row["nodes"] for row in rows], NO_TARGET, WIDTHS),
+             "leaves": right_padded([row["leaves"] for row in rows], -1),
              "n_history": torch.tensor([row["n_history"] for row in rows])}
     if "hidden" in rows[0]:
-        hidden = [torch.from_numpy(np.asarray(row["hidden"], np.float32)) for row in rows]
-        hidden = pad_sequence(hidden, batch_first=True, padding_side="left")
-        batch["inputs_embeds"] = padded(hidden, (0, 0, ids.shape[1] - hidden.shape[1], 0))
+        hidden = pad_sequence([torch.from_numpy(np.asarray(row["hidden"], np.float32)) for row in rows],
+                              batch_first=True)
+        batch["inputs_embeds"] = padded(hidden, (0, 0, 0, ids.shape[1] - hidden.shape[1]))
     return batch
 
 
@@ -235,7 +234,6 @@ class Objective:
         starts = (nodes >= 0) & (self.trie.depth[nodes.clamp(min=0)] == 1)
         before = (n_history[:, None] + starts.cumsum(-1) - 1).clamp(min=0)  # titles before the one that a token is of
         predictor = (torch.arange(width, device=nodes.device) - 1).expand_as(nodes)
-        batch["position_ids"] = positions(batch["attention_mask"])
         if self.theta < 1 and settings.reward != "none":
             with torch.no_grad():
                 log_p = self.preference.log_p(leaves[:, :-1])
@@ -311,7 +309,7 @@ class Objective:
         column that predicts each token, (B, L')."""
         ids, each = batch["input_ids"], paths.shape[1] // branch.shape[1]
         group = torch.arange(branch.shape[1], device=paths.device).repeat_interleave(each)
-        seen = pack(self.trie, batch["attention_mask"], branch.repeat_interleave(each, 1), paths, group)
+        seen = pack(self.trie, ids.shape[1], branch.repeat_interleave(each, 1), paths, group)
         predictor = (torch.arange(ids.shape[1] + paths.shape[1], device=paths.device) - 1).repeat(len(ids), 1)
         predictor[:, ids.shape[1] :: each] = branch - 1
         tokens = self.trie.token[paths.clamp(min=0)] * (paths >= 0)
@@ -331,6 +329,6 @@ class Objective:
             return self.trie.leaf[torch.multinomial(log_rewards.softmax(-1), 1)].view_as(branch)
         was_training = model.training
         model.eval()
-        leaves = sample_leaves(model, self.trie, batch["input_ids"], batch["attention_mask"], branch)
+        leaves = sample_leaves(model, self.trie, batch["input_ids"], branch)
         model.train(was_training)
         return leaves

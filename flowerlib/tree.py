@@ -29,49 +29,42 @@ from .rewards import count_log_rewards, preference_log_rewards
 from .trie import TitleTrie, segment_logsumexp
 
 
-def left_padded(rows: Sequence[Sequence[int] | np.ndarray], pad: int = 0, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Token lists → input_ids and attention_mask, (B, T) each, padded on the left, T a multiple of this number."""
+def right_padded(rows: Sequence[Sequence[int] | np.ndarray], pad: int = 0, multiple: int = 1) -> Tensor:
+    """Lists of ids → (B, T) int64, padded on the right, T a multiple of this number. A causal model needs no mask then:
+    nothing sees what stands behind it. (Rows padded on the left begin with queries that see nothing: a softmax over
+    nothing, of which some GPU kernels make NaN gradients.)"""
     rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
-    mask = pad_sequence(list(map(torch.ones_like, rows)), batch_first=True, padding_side="left")
-    more = (-ids.shape[1] % multiple, 0)
-    return padded(ids, more, value=pad), padded(mask, more)
-
-
-def positions(attention_mask: Tensor) -> Tensor:
-    """(B, T) positions that count from each row's first real token."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+    return padded(ids, (0, -ids.shape[1] % multiple), value=pad)
 
 
 def seen_by_nodes(
-    trie: TitleTrie, attention_mask: Tensor, limit: Tensor, nodes: Tensor, group: Tensor, packed: Tensor,
-    packed_group: Tensor) -> Tensor:
+    trie: TitleTrie, width: int, limit: Tensor, nodes: Tensor, group: Tensor, packed: Tensor, packed_group: Tensor,
+) -> Tensor:
     """What nodes see of their rows and of the nodes packed behind these: (B, W, T + N) bool.
 
     Args:
-        attention_mask: (B, T) of the rows. limit: (B, W) how many columns of its row each node follows.
+        width: T, of the rows. limit: (B, W) how many columns of its row each node follows.
         nodes: (B, W). group: (W,) a number; nodes see their own group alone.
         packed, packed_group: (B, N) and (N,) all nodes in the sequence.
     """
-    column = torch.arange(attention_mask.shape[1], device=limit.device)
-    of_row = attention_mask.bool()[:, None] & (column < limit[..., None])
+    of_row = torch.arange(width, device=limit.device) < limit[..., None]
     of_tree = trie.on_path(packed, nodes) & (packed_group == group[:, None])
     return torch.cat([of_row, of_tree], -1)
 
 
-def pack(trie: TitleTrie, attention_mask: Tensor, limit: Tensor, nodes: Tensor, group: Tensor) -> dict[str, Tensor]:
+def pack(trie: TitleTrie, width: int, limit: Tensor, nodes: Tensor, group: Tensor) -> dict[str, Tensor]:
     """Mask (B, 1, T + W, T + W) and positions (B, T + W) for a pass over rows and the nodes behind them, no cache.
 
     The arguments are those of `seen_by_nodes`.
     """
-    n, width = attention_mask.shape
-    limits = torch.cat([torch.arange(1, width + 1, device=nodes.device).expand(n, -1), limit], 1)  # of rows' tokens too
+    column = torch.arange(width, device=nodes.device).expand(len(nodes), -1)
+    limits = torch.cat([column + 1, limit], 1)  # of rows' tokens too
     of_all, groups = padded(nodes, (width, 0), value=-1), padded(group, (width, 0))
-    visible = seen_by_nodes(trie, attention_mask, limits, of_all, groups, nodes, group)
+    visible = seen_by_nodes(trie, width, limits, of_all, groups, nodes, group)
     itself = torch.eye(visible.shape[1], dtype=torch.bool, device=nodes.device)  # a softmax over nothing would be NaN
-    position = positions(attention_mask)
-    behind = position.gather(1, limit - 1) + trie.depth[nodes.clamp(min=0)]
-    return {"attention_mask": (visible | itself)[:, None], "position_ids": torch.cat([position, behind], 1)}
+    behind = limit - 1 + trie.depth[nodes.clamp(min=0)]
+    return {"attention_mask": (visible | itself)[:, None], "position_ids": torch.cat([column, behind], 1)}
 
 
 def additive(model: PreTrainedModel, visible: Tensor) -> Tensor:
@@ -84,32 +77,29 @@ class Prompts:
     """Rows of tokens that a model has read into a cache, and the nodes packed behind them so far. `logits`: (B, P, V)
     where each of the P groups begins."""
 
-    def __init__(
-        self, model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, attention_mask: Tensor,
-        branch: Tensor | None = None):
-        """branch: (B, P) how many columns of its row each group follows; None lets every group follow the whole row."""
-        if branch is None:
-            branch = torch.full((len(input_ids), 1), input_ids.shape[1], device=input_ids.device)
+    def __init__(self, model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, branch: Tensor):
+        """input_ids: (B, T), padded on the right. branch: (B, P) how many columns of its row each group follows; the
+        groups after the P-th follow as many as it."""
         if (n := input_ids.shape[1] + trie.max_depth) > (limit := context_limit(model)):
             raise ValueError(f"prompt and title may have {n} tokens and the model reads {limit}: shorten the history")
-        self.model, self.trie, self.mask, self.branch = model, trie, attention_mask, branch
-        position, (last, place) = positions(attention_mask), (branch - 1).unique(return_inverse=True)
-        out = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position, use_cache=True,
-                    past_key_values=DynamicCache(), logits_to_keep=last)  # a cache that slides would lose the prompt
+        self.model, self.trie, self.branch, self.width = model, trie, branch, input_ids.shape[1]
+        last, place = (branch - 1).unique(return_inverse=True)
+        out = model(input_ids=input_ids, use_cache=True, past_key_values=DynamicCache(),
+                    logits_to_keep=last)  # a cache that slides would lose the prompt
         self.logits = out.logits[torch.arange(len(branch), device=branch.device)[:, None], place]
-        self.cache, self.position = out.past_key_values, position.gather(1, branch - 1)
+        self.cache = out.past_key_values
         self.nodes = branch.new_zeros(len(branch), 0)
         self.group = self.nodes[0]
 
     def extend(self, nodes: Tensor, group: Tensor) -> Tensor:
         """Packs (B, W) more nodes of (W,) groups → (B, W, V) logits there."""
         self.nodes, self.group = torch.cat([self.nodes, nodes], 1), torch.cat([self.group, group])
-        of_branch = group.clamp(max=self.branch.shape[1] - 1)
-        visible = seen_by_nodes(self.trie, self.mask, self.branch[:, of_branch], nodes, group, self.nodes, self.group)
+        limit = self.branch[:, group.clamp(max=self.branch.shape[1] - 1)]
+        visible = seen_by_nodes(self.trie, self.width, limit, nodes, group, self.nodes, self.group)
         node = nodes.clamp(min=0)
         return self.model(
             input_ids=self.trie.token[node].clamp(min=0), attention_mask=additive(self.model, visible[:, None]),
-            position_ids=self.position[:, of_branch] + self.trie.depth[node], past_key_values=self.cache, use_cache=True
+            position_ids=limit - 1 + self.trie.depth[node], past_key_values=self.cache, use_cache=True
         ).logits
 
 
@@ -156,8 +146,8 @@ class PackedTree:
 
     def _inputs(self, nodes: Tensor) -> dict[str, Tensor]:
         """What the model takes to read the prompt and the nodes behind it."""
-        prompt, limit = nodes.new_ones(1, self.width), torch.full_like(nodes, self.width)[None]
-        packed = pack(self.trie, prompt, limit, nodes[None], torch.zeros_like(nodes))
+        limit = torch.full_like(nodes, self.width)[None]
+        packed = pack(self.trie, self.width, limit, nodes[None], torch.zeros_like(nodes))
         packed["attention_mask"] = additive(self.model, packed["attention_mask"])
         return packed | {name: values[self._rows(nodes)][None] for name, values in self.read.items()}
 
@@ -187,18 +177,17 @@ class PackedTree:
 
 
 @torch.no_grad()
-def sample_leaves(model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, attention_mask: Tensor,
-                  branch: Tensor) -> Tensor:
+def sample_leaves(model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, branch: Tensor) -> Tensor:
     """Draws P titles for each row from the model renormalised over the children of each node: (B, P) leaf nodes.
 
     Each row is read once; its paths go through the model packed behind it, as long as one can fork. Raises ValueError
     where the model's scores are NaN.
 
     Args:
-        input_ids, attention_mask: (B, T) rows padded on the left.
+        input_ids: (B, T) rows padded on the right.
         branch: (B, P) how many columns of its row each path follows; it does not see the others.
     """
-    prompts = Prompts(model, trie, input_ids, attention_mask, branch)
+    prompts = Prompts(model, trie, input_ids, branch)
     nodes, logits = torch.zeros_like(branch).flatten(), prompts.logits
     while True:
         rows, children = trie.children(nodes)
@@ -321,7 +310,9 @@ def beam_search(
     order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None):
-        prompts = Prompts(model, trie, *(x.to(model.device) for x in left_padded([contexts[i] for i in batch])))
+        rows = [contexts[i] for i in batch]
+        lengths = torch.tensor([[len(row)] for row in rows], device=model.device)
+        prompts = Prompts(model, trie, right_padded(rows).to(model.device), lengths)
         blocked = nodes_of_seen(trie, [(histories if seen is None else seen)[i] for i in batch])
         guide = None
         if any(s.guide for s in searches):  # token rewards of R(leaf | u) = p_u(leaf)

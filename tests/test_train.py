@@ -87,9 +87,22 @@ def test_batches_have_few_widths_with_or_without_a_trunk():
         batch = collate([rows[i] for i in range(3)])
         width = batch["input_ids"].shape[1]
         assert width % train.WIDTHS == 0 and width - max(map(len, rows.input_ids)) < train.WIDTHS
-        assert batch["nodes"].shape == batch["attention_mask"].shape == (3, width)
+        assert batch["nodes"].shape == (3, width)
+        assert [row[: len(ids)].tolist() == ids.tolist() for row, ids in zip(batch["input_ids"], rows.input_ids)] == [True] * 3
     assert batch["inputs_embeds"].shape == (3, width, 4)
-    assert (batch["inputs_embeds"][batch["attention_mask"] == 1] == torch.from_numpy(hidden).float()).all()
+    for row, ids, first in zip(batch["inputs_embeds"], rows.input_ids, rows.start):
+        assert (row[: len(ids)] == torch.from_numpy(hidden[first : first + len(ids)]).float()).all()
+
+
+def test_no_query_sees_nothing():
+    """Rows padded on the left begin with such queries, of which some GPU kernels make NaN gradients."""
+    model, catalogue = world()
+    seen = []
+    hook = model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+    objective(catalogue)(model, batch_of(catalogue))
+    hook.remove()
+    assert seen == [None]  # causal, without a mask
 
 
 # the loss of a batch

@@ -343,6 +343,13 @@ def test_training_in_bfloat16_comes_close_and_leaves_a_model_in_float32(tmp_path
     assert store.read_json(made / "made.json")["provenance"]["bfloat16"] is True
 
 
+def test_a_training_that_runs_into_nan_ends_in_a_sentence_and_leaves_no_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Objective, "total", lambda self, parts: parts["sft"] * torch.nan)
+    with pytest.raises(ValueError, match=r"^sft is nan at step \d+: lower learning_rate, or set bfloat16 to False$"):
+        run_training(tmp_path)
+    assert not list(tmp_path.rglob("made.json"))
+
+
 def test_half_written_checkpoints_are_passed_over(tmp_path):
     for step, whole in ((3, True), (6, False)):
         (tmp_path / f"checkpoint-{step}").mkdir(parents=True)

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from flowerlib import model as models
@@ -28,16 +29,17 @@ def log_leaf_probs(model, catalogue, history, renormalised=True):
 # packing
 
 
-def test_rows_are_padded_on_the_left_and_count_from_their_first_token():
-    ids, mask = tree.left_padded([[5, 6, 7], [8], []], pad=9)
-    assert ids.tolist() == [[5, 6, 7], [9, 9, 8], [9, 9, 9]]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 0]]
-    assert tree.positions(mask).tolist() == [[0, 1, 2], [0, 0, 0], [0, 0, 0]]
+def test_rows_are_padded_on_the_right():
     for multiple in (1, 3, 5):
-        wide, of_wide = tree.left_padded([[5, 6, 7], [8], []], 9, multiple)
-        assert wide.shape == of_wide.shape == (3, 5 if multiple == 5 else 3)
-        assert (wide[:, -3:] == ids).all() and (of_wide[:, -3:] == mask).all()
-        assert (wide[:, :-3] == 9).all() and not of_wide[:, :-3].any()
+        ids = tree.right_padded([[5, 6, 7], [8], []], 9, multiple)
+        assert ids.shape == (3, 5 if multiple == 5 else 3)
+        assert ids[:, :3].tolist() == [[5, 6, 7], [8, 9, 9], [9, 9, 9]]
+        assert (ids[:, 3:] == 9).all()
+
+
+def right_padded(contexts):
+    """Ids, and the length of each row."""
+    return tree.right_padded(contexts), torch.tensor([len(context) for context in contexts])
 
 
 def closed(trie, nodes):
@@ -56,26 +58,27 @@ def test_packed_nodes_see_what_an_unpadded_row_of_their_own_would(world):
     """Two groups behind every row, at columns of their own; parents need not stand before children; -1 is nothing."""
     model, catalogue = world
     trie, contexts = catalogue.trie, [catalogue.context(history) for history in HISTORIES]
-    ids, mask = tree.left_padded(contexts)
-    length, width = mask.sum(1), ids.shape[1]
+    ids, length = right_padded(contexts)
+    width = ids.shape[1]
     first, second = closed(trie, trie.leaves[[0, 3, 6]].tolist()), closed(trie, trie.leaves[[0, 5]].tolist())
     assert set(first) & set(second)  # a node in both groups
     nodes = torch.tensor([[*first, -1, *second]]).repeat(3, 1)
     nodes[1, len(first) - 1] = -1  # the last one of the first group is missing from one row
     group = torch.tensor([0] * (len(first) + 1) + [4] * len(second))
-    limit = torch.full_like(nodes, width)
-    limit[:, group == 4] = (width - length + (length + 1) // 2)[:, None]
-    packed = tree.pack(trie, mask, limit, nodes, group)
+    limit = length[:, None].repeat(1, len(group))
+    limit[:, group == 4] = ((length + 1) // 2)[:, None]
+    packed = tree.pack(trie, width, limit, nodes, group)
+    assert packed["attention_mask"].any(-1).all()  # no query sees nothing: kernels differ there
     tokens = torch.cat([ids, trie.token[nodes.clamp(min=0)] * (nodes >= 0)], 1)
     logits = model(input_ids=tokens, **packed, use_cache=False).logits
     assert torch.isfinite(logits).all()
     for row, context in enumerate(contexts):
         alone = model(torch.tensor([context])).logits[0]
-        torch.testing.assert_close(logits[row, width - len(context) : width], alone, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits[row, : len(context)], alone, atol=1e-4, rtol=1e-4)
         for place, node in enumerate(nodes[row].tolist()):
             above = set(trie.paths(torch.tensor([node]))[0].tolist()) - {-1} if node > 0 else set()
             if node > 0 and above <= set(nodes[row, group == group[place]].tolist()):
-                seen = context[: int(limit[row, place]) - width + len(context)]
+                seen = context[: int(limit[row, place])]
                 expected = row_before(model, trie, seen, node)
                 torch.testing.assert_close(logits[row, width + place], expected, atol=1e-4, rtol=1e-4)
 
@@ -85,11 +88,10 @@ def test_prompts_are_read_once_and_extended_by_and_by(world):
     """One group a branch, behind different columns: extended twice, each node has the logits of its own row."""
     model, catalogue = world
     trie, contexts = catalogue.trie, [catalogue.context(history) for history in HISTORIES]
-    ids, mask = tree.left_padded(contexts)
-    length, width = mask.sum(1), ids.shape[1]
-    branch = torch.stack([width - length + 3, torch.full_like(length, width), width - length + 1], 1)
-    prompts, group = Prompts(model, trie, ids, mask, branch), torch.arange(3)
-    seen = [[context[: int(end) - width + len(context)] for end in ends] for context, ends in zip(contexts, branch)]
+    ids, length = right_padded(contexts)
+    branch = torch.stack([torch.full_like(length, 3), length, torch.ones_like(length)], 1)
+    prompts, group = Prompts(model, trie, ids, branch), torch.arange(3)
+    seen = [[context[: int(end)] for end in ends] for context, ends in zip(contexts, branch)]
     for row in range(3):
         for p in range(3):
             expected = model(torch.tensor([seen[row][p]])).logits[0, -1]
@@ -109,7 +111,8 @@ def test_searches_behind_one_prompt_do_not_see_each_other(world):
     """Groups of unequal width behind the whole row, as beams of several searches: each against a row of its own."""
     model, catalogue = world
     trie, contexts = catalogue.trie, [catalogue.context(history) for history in HISTORIES]
-    prompts = Prompts(model, trie, *tree.left_padded(contexts))
+    ids, length = right_padded(contexts)
+    prompts = Prompts(model, trie, ids, length[:, None])
     children = trie.children(torch.zeros(1, dtype=torch.long))[1]
     below = trie.children(children)[1]
     for step, given in enumerate([[(2, children[:3]), (7, children)], [(7, below), (2, below[:2])]]):
@@ -192,12 +195,12 @@ def test_the_packed_tree_is_differentiable_in_chunks(n_frozen):
 def test_samples_follow_the_policy_renormalised_over_children(world):
     model, catalogue = world
     histories = HISTORIES[:2]
-    ids, mask = tree.left_padded([catalogue.context(h) for h in histories])
+    contexts = [catalogue.context(h) for h in histories]
+    ids, length = right_padded([context + context[-2:] for context in contexts])  # the last two: behind the branch
     torch.manual_seed(0)
     n, n_paths = 1000, 4
-    branch = torch.full((2 * n, n_paths), ids.shape[1])
-    ids, mask = torch.cat([ids, ids[:, -2:]], 1), torch.cat([mask, mask[:, -2:]], 1)  # what stands behind the branch
-    nodes = tree.sample_leaves(model, catalogue.trie, ids.repeat(n, 1), mask.repeat(n, 1), branch)
+    branch = (length - 2).repeat(n)[:, None].repeat(1, n_paths)
+    nodes = tree.sample_leaves(model, catalogue.trie, ids.repeat(n, 1), branch)
     nodes = nodes.view(n, 2, n_paths).transpose(1, 2).flatten(0, 1)
     n *= n_paths
     for column, history in enumerate(histories):
@@ -210,9 +213,9 @@ def test_samples_follow_the_policy_renormalised_over_children(world):
 def test_scores_that_are_no_numbers_end_in_a_sentence():
     model, catalogue = tiny_world("sequence")
     torch.nn.init.constant_(model.lm_head.weight, torch.nan)
-    ids, mask = tree.left_padded([catalogue.context([0])])
+    ids, length = right_padded([catalogue.context([0])])
     with pytest.raises(ValueError, match="scores are NaN"):
-        tree.sample_leaves(model, catalogue.trie, ids, mask, torch.tensor([[ids.shape[1]]]))
+        tree.sample_leaves(model, catalogue.trie, ids, length[:, None])
 
 
 # beams
@@ -274,7 +277,8 @@ def test_nodes_of_seen_are_those_with_nothing_else_below(world):
 @torch.no_grad()
 def test_beams_equal_transformers_generate_under_the_mask(world, normalised):
     model, catalogue = world
-    ids, mask = tree.left_padded([catalogue.context([0]), catalogue.context([3, 4, 1])])
+    contexts = [torch.tensor(catalogue.context(history)) for history in ([0], [3, 4, 1])]
+    ids, mask = (pad_sequence(rows, True, padding_side="left") for rows in (contexts, list(map(torch.ones_like, contexts))))
     blocked = tree.nodes_of_seen(catalogue.trie, [[0], [3, 4, 1]])
     config = GenerationConfig(
         num_beams=6, num_return_sequences=3, max_new_tokens=catalogue.trie.max_depth, do_sample=False,

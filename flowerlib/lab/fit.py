@@ -360,5 +360,5 @@ def drawn(model: Any, trie: TitleTrie, context: Sequence[int], n: int, seed: int
     leaves = []
     for prompts in torch.tensor([[*context]] * n, device=model.device).split(batch):
         ends = torch.full((len(prompts), 1), len(context), device=model.device)
-        leaves.append(sample_leaves(model, trie, prompts, torch.ones_like(prompts), ends).flatten())
+        leaves.append(sample_leaves(model, trie, prompts, ends).flatten())
     return torch.bincount(trie.node_leaf[torch.cat(leaves)], minlength=len(trie.leaves)).tolist()

@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import (
     EarlyStoppingCallback, GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, logging, set_seed)
@@ -24,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from .. import data, metrics
 from ..model import Catalogue
+from ..tree import right_padded
 from . import store
 from .runs import require
 from .settings import Settings
@@ -73,11 +73,6 @@ class PreferenceModel(GPT2LMHeadModel):
             log_p = self.log_p(right_padded(batch, -1).to(self.device))
             parts.append(log_p[range(len(batch)), list(map(len, batch))])
         return torch.cat(parts)
-
-
-def right_padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """Lists of ids → (B, T) int64, padded on the right."""
-    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=pad)
 
 
 class _Windows(Dataset):

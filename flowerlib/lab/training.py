@@ -26,7 +26,7 @@ from .. import data
 from ..model import Backbone, Catalogue, context_limit, open_backbone, split_layers
 from ..train import (OF_FLOWER, WIDTHS, Objective, Rows, TrainSettings, collate, make_rows, training_rows,
                      validation_rows)
-from ..tree import Beams, PackedTree, beam_search, left_padded, positions
+from ..tree import Beams, PackedTree, beam_search, right_padded
 from . import sources, store
 
 
@@ -54,14 +54,12 @@ def run_trunk(rows: Rows, trunk: PreTrainedModel, folder: Path, name: str, batch
             order = sorted(range(len(rows)), key=lambda i: -len(rows.input_ids[i]))
             for first in tqdm(range(0, len(order), batch_size), desc="frozen layers, once", unit="batch"):
                 batch = order[first : first + batch_size]
-                padded = left_padded([rows.input_ids[i] for i in batch], multiple=WIDTHS)
-                ids, mask = (x.to(trunk.device) for x in padded)
-                out_of = trunk(input_ids=ids, attention_mask=mask, position_ids=positions(mask))
-                states = out_of.last_hidden_state.half()
-                if not torch.isfinite(states[mask.bool()]).all():
-                    raise ValueError("the frozen layers' output leaves float16's range: set frozen_layers to 0")
-                for i, row in zip(batch, states.numpy(force=True)):
-                    out[rows.start[i] : rows.start[i + 1]] = row[-len(rows.input_ids[i]) :]
+                ids = right_padded([rows.input_ids[i] for i in batch], multiple=WIDTHS).to(trunk.device)
+                states = trunk(input_ids=ids).last_hidden_state.half().numpy(force=True)
+                for i, row in zip(batch, states):
+                    out[rows.start[i] : rows.start[i + 1]] = own = row[: len(rows.input_ids[i])]
+                    if not np.isfinite(own).all():
+                        raise ValueError("the frozen layers' output leaves float16's range: set frozen_layers to 0")
             out.flush()
     with store.reading(path):
         np.load(path, mmap_mode="r").reshape(shape)
@@ -118,6 +116,9 @@ class FlowerTrainer(Trainer):
         prefix = "eval_" if "eval_loss" in logs else ""
         for key in [k for k in self._parts if k.startswith("eval_") == bool(prefix)]:
             logs[key] = float(self.accelerator.reduce(torch.stack(self._parts.pop(key)).mean(), "mean"))
+            if not np.isfinite(logs[key]):
+                raise ValueError(f"{key} is {logs[key]} at step {self.state.global_step}: lower learning_rate, or set "
+                                 "bfloat16 to False")
         super().log(logs, *args, **kwargs)
 
 

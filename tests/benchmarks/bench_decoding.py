@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
-from flowerlib.tree import Beams, beam_search, left_padded
+from flowerlib.tree import Beams, beam_search
 
 
 @pytest.mark.parametrize("child_renormalised", [False, True])
@@ -28,7 +29,8 @@ def test_constrained_beams_against_generate(side_by_side, model, catalogue, chil
 
     ours()
     hook.remove()
-    ids, mask = left_padded([catalogue.context(history) for history in histories])
+    contexts = [torch.tensor(catalogue.context(history)) for history in histories]
+    ids, mask = (pad_sequence(rows, True, padding_side="left") for rows in (contexts, list(map(torch.ones_like, contexts))))
     config = GenerationConfig(num_beams=10, num_return_sequences=10, max_new_tokens=len(calls), do_sample=False,
                               eos_token_id=None, pad_token_id=0)
 

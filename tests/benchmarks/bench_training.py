@@ -24,8 +24,13 @@ def batch(catalogue):
     histories = rng.integers(len(catalogue.titles), size=(8, 9)).tolist()
     rows = train.make_rows(catalogue, histories, rng.integers(len(catalogue.titles), size=(8, 1)).tolist())
     made = train.collate([rows[i] for i in range(len(rows))])
-    print(f"\n{made['attention_mask'].sum(1).float().mean():.0f} tokens a row")
+    print(f"\n{tokens_of(made):.0f} tokens a row")
     return made
+
+
+def tokens_of(batch):
+    """On average a row: its last token is a target."""
+    return float((batch["nodes"] != train.NO_TARGET).cumsum(1).argmax(1).float().mean()) + 1
 
 
 def step(model, catalogue, batch, folder, **used):
@@ -57,8 +62,7 @@ def step(model, catalogue, batch, folder, **used):
 def test_a_flower_step(side_by_side, model, catalogue, batch, tmp_path, flow, paths, reward, bound):
     flower = step(model, catalogue, batch, tmp_path, theta=0.995, paths=paths, flow=flow, reward=reward)
     sft = step(model, catalogue, batch, tmp_path, theta=1.0)
-    tokens = batch["attention_mask"].sum() / len(batch["attention_mask"])
-    more = 0 if paths == "logged" else 14 / tokens  # a title of 14 tokens behind the row
+    more = 0 if paths == "logged" else 14 / tokens_of(batch)  # a title of 14 tokens behind the row
     more += 1 / 3 if paths == "policy" else 0  # a pass without gradients
     side_by_side(f"Flower step ({flow}, reward {reward}), paths {paths} / SFT step", bound, flower, sft, rounds=5,
                  predicted=float(1 + more))
@@ -67,7 +71,7 @@ def test_a_flower_step(side_by_side, model, catalogue, batch, tmp_path, flow, pa
 def test_an_sft_step_against_transformers(side_by_side, model, catalogue, batch, tmp_path):
     trainer = Trainer(model.train(), TrainingArguments(str(tmp_path), report_to="none"))
     labels = torch.where(batch["nodes"] == train.NO_TARGET, -100, batch["input_ids"])
-    padded = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+    padded = {"input_ids": batch["input_ids"], "labels": labels}
 
     def plain():
         trainer.compute_loss(model, padded).backward()
