@@ -3,6 +3,7 @@
 `python tests/kernels.py …` is `python -m flowerlib.lab.reproduce …` with such kernels.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -26,6 +27,7 @@ def _kernel(told, arguments, env, cwd, path):
     os.environ.clear()
     os.environ.update(env)
     np.random.seed()  # as a new process has it
+    gc.freeze()  # what is imported: every training collects garbage
     sys.path[:] = ["", *path]
     sys.argv = ["ipykernel_launcher", *arguments]
     told.send(os.getpid())

@@ -145,11 +145,12 @@ def keep(path: Path, made_from: Mapping[str, Any], source: Mapping[str, Any], **
 
 def provenance(settings: Mapping[str, Any], seconds: float, bfloat16: bool = False) -> dict[str, Any]:
     """Where a result comes from; call it when the result is computed. settings: all of them; seconds: that it took;
-    bfloat16: whether a language model was trained in it. made_at is in UTC, matmul_1024_seconds the machine's speed."""
+    bfloat16: whether a language model was trained in it. made_at is in UTC; matmul_1024_seconds is the
+    machine's speed, measured once in a process."""
     return {"settings": dict(settings), "bfloat16": bfloat16, "seconds": round(seconds, 1),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
-            "threads": torch.get_num_threads(), "commit": commit(), "matmul_1024_seconds": matmul_seconds(),
+            "threads": torch.get_num_threads(), "commit": commit(), "matmul_1024_seconds": speed(),
             "made_at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())}
 
 
@@ -178,3 +179,6 @@ def matmul_seconds(during: float = 0.05, dtype: torch.dtype = torch.float32) -> 
     while len(times) < 5 or time.perf_counter() < end:
         times.append(timeit.timeit(lambda: a @ a, number=1))
     return float(np.median(times))
+
+
+speed = lru_cache(matmul_seconds)  # once in a process

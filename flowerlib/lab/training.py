@@ -31,13 +31,16 @@ from . import sources, store
 
 
 class OnDisk:
-    """An array in a file, each part read when it is asked for: a map of the file would grow in memory to all of it."""
+    """A 2-D array in a .npy file, its rows read when they are asked for: a map would grow in memory to all of it."""
 
     def __init__(self, path: Path):
-        self.path = path
+        file = np.load(path, mmap_mode="r")
+        self.path, self.begin, self.width, self.dtype = path, file.offset, file.shape[1], file.dtype
 
-    def __getitem__(self, part: slice) -> np.ndarray:
-        return np.array(np.load(self.path, mmap_mode="r")[part])
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        size, begin = (n * self.width for n in (rows.stop - rows.start, rows.start))
+        read = np.fromfile(self.path, self.dtype, size, offset=self.begin + begin * self.dtype.itemsize)
+        return read.reshape(-1, self.width)
 
 
 @torch.no_grad()
