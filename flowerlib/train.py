@@ -21,7 +21,7 @@ from . import data, losses
 from .losses import sft_loss, subpath_weights
 from .model import Catalogue
 from .rewards import preference_log_rewards, tilted
-from .tree import additive, pack, right_padded, sample_leaves
+from .tree import Prompts, right_padded, sample_leaves
 from .trie import TitleTrie
 
 NO_TARGET, EOS_TARGET = -1, -2  # values in a row's `nodes` where there is no node of the tree
@@ -228,44 +228,33 @@ class Objective:
 
     def __call__(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """"sft" and, where θ < 1, "flow" of a batch from `collate`: each a mean and the weight of the terms in it."""
-        batch, settings, log_p = dict(batch), self.settings, None
-        nodes, leaves, n_history = (batch.pop(name) for name in ("nodes", "leaves", "n_history"))
-        width = nodes.shape[1]
+        nodes, leaves, log_p = batch["nodes"], batch["leaves"], None
         starts = (nodes >= 0) & (self.trie.depth[nodes.clamp(min=0)] == 1)
-        before = (n_history[:, None] + starts.cumsum(-1) - 1).clamp(min=0)  # titles before the one that a token is of
-        predictor = (torch.arange(width, device=nodes.device) - 1).expand_as(nodes)
-        if self.theta < 1 and settings.reward != "none":
+        before = batch["n_history"][:, None] + starts.cumsum(-1) - 1  # titles before the one that a token is of
+        before = before.clamp(min=0)
+        target = nodes != NO_TARGET
+        rows, columns = target.nonzero().T
+        first = (int(columns.min()) - 1) // WIDTHS * WIDTHS  # no logits are needed before it
+        if self.theta < 1 and self.settings.reward != "none":
             with torch.no_grad():
                 log_p = self.preference.log_p(leaves[:, :-1])
-        if self.theta < 1 and settings.paths != "logged":
-            gpus = [nodes.device] if nodes.is_cuda else []
-            with torch.random.fork_rng(gpus, enabled=not model.training):
-                if not model.training:  # validations draw by the seed alone, so that they compare
-                    torch.manual_seed(settings.seed)
-                branch = torch.multinomial(starts.float(), settings.n_paths, replacement=True)  # (B, P) starts
-                ends = self.draw_leaves(getattr(model, "module", model), batch, branch, before, log_p)  # unwrapped
-            paths = self.trie.paths(ends.flatten())
-            each = int((paths >= 0).sum(-1).max())
-            paths = paths[:, :each].reshape(len(nodes), -1)  # (B, P * T)
-            batch, predictor = self.packed(batch, paths, branch)
-            batch["attention_mask"] = additive(getattr(model, "module", model), batch["attention_mask"])
-            nodes = torch.cat([nodes, paths], 1)
-            before = torch.cat([before, before.gather(1, branch).repeat_interleave(each, 1)], 1)
-        tokens = batch.pop("input_ids") if "inputs_embeds" in batch else batch["input_ids"]
-        target = nodes != NO_TARGET
-        first = int(predictor[target].min()) // WIDTHS * WIDTHS  # no logits are needed before it
-        logits = model(**batch, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
-        rows, columns = target.nonzero().T
-        logits = logits[rows, predictor[target] - first].float()
+        drawn = None
+        if self.theta < 1 and self.settings.paths != "logged":
+            kept, *drawn = self._drawn(model, batch["input_ids"], starts, before, first, log_p)
+        else:
+            read = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
+            kept = model(**{read: batch[read]}, use_cache=False, logits_to_keep=nodes.shape[1] - first).logits
+        logits, nodes = kept[rows, columns - 1 - first].float(), nodes[target]
         norm = logits.logsumexp(-1)
-        log_pf = logits.gather(1, tokens[target][:, None])[:, 0] - norm
-        logged = columns < width
+        log_pf = logits.gather(1, batch["input_ids"][target][:, None])[:, 0] - norm
         weight = 1.0 if self.leaf_weights is None else self.leaf_weights[leaves[rows, before[target]]]
-        parts = {"sft": (sft_loss(log_pf, logged, weight), logged.sum())}
-        if self.theta < 1:
-            use = (nodes[target] >= 0) & (logged == logged.all())
+        parts = {"sft": (sft_loss(log_pf, torch.ones_like(rows, dtype=torch.bool), weight), rows.new_tensor(len(rows)))}
+        if drawn:
+            parts["flow"] = self._flow(*drawn)
+        elif self.theta < 1:
+            use = nodes >= 0
             log_p = log_p[rows, before[target]][use] if log_p is not None else None
-            parts["flow"] = self._flow(logits[use], norm[use], log_pf[use], nodes[target][use], log_p)
+            parts["flow"] = self._flow(logits[use], norm[use], log_pf[use], nodes[use], log_p)
         return parts
 
     def loss(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -303,23 +292,32 @@ class Objective:
         weight = subpath_weights(mask, settings.lam).sum()
         return losses.flow_loss(settings.flow, rows_pf, rows_r, mask, settings.lam), weight
 
-    def packed(self, batch: dict[str, Tensor], paths: Tensor, branch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """P more titles a row, packed behind it: each sees what stands before its column `branch`, (B, P), and itself.
-        Paths are their nodes, (B, P · T), -1 after their ends. Returns the batch with a (B, 1, L', L') mask, and the
-        column that predicts each token, (B, L')."""
-        ids, each = batch["input_ids"], paths.shape[1] // branch.shape[1]
-        group = torch.arange(branch.shape[1], device=paths.device).repeat_interleave(each)
-        seen = pack(self.trie, ids.shape[1], branch.repeat_interleave(each, 1), paths, group)
-        predictor = (torch.arange(ids.shape[1] + paths.shape[1], device=paths.device) - 1).repeat(len(ids), 1)
-        predictor[:, ids.shape[1] :: each] = branch - 1
-        tokens = self.trie.token[paths.clamp(min=0)] * (paths >= 0)
-        return {"input_ids": torch.cat([ids, tokens], 1), **seen}, predictor
+    def _drawn(self, model: PreTrainedModel, input_ids: Tensor, starts: Tensor, before: Tensor, first: int,
+               log_p: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """P more titles a row, behind columns where logged ones begin: each sees what stands before it there, and
+        itself. The rows are read once, for the loss and for the draws. Returns the rows' logits, (B, L - first, V), and
+        what `_flow` takes of the drawn titles."""
+        gpus, width = [input_ids.device] if input_ids.is_cuda else [], input_ids.shape[1]
+        with torch.random.fork_rng(gpus, enabled=not model.training):
+            if not model.training:  # validations draw by the seed alone, so that they compare
+                torch.manual_seed(self.settings.seed)
+            branch = torch.multinomial(starts.float(), self.settings.n_paths, replacement=True)  # (B, P) starts
+            prompts = Prompts(model, self.trie, input_ids, branch, torch.arange(first, width, device=branch.device))
+            paths = self.trie.paths(self.draw_leaves(prompts, before, log_p).flatten())
+        paths = paths[:, : int((paths >= 0).sum(-1).max())].view(*branch.shape, -1)  # (B, P, T)
+        group = torch.arange(branch.shape[1], device=paths.device).repeat_interleave(paths.shape[2] - 1)
+        behind = prompts.extend(paths[:, :, :-1].flatten(1), group).unflatten(1, (branch.shape[1], -1))
+        rows, p, t = (paths >= 0).nonzero().T
+        nodes, logits = paths[rows, p, t], torch.cat([prompts.logits[:, :, None], behind], 2)[rows, p, t].float()
+        norm = logits.logsumexp(-1)
+        log_pf = logits.gather(1, self.trie.token[nodes][:, None])[:, 0] - norm
+        log_p = log_p[rows, before.gather(1, branch)[rows, p]] if log_p is not None else None
+        return prompts.kept, logits, norm, log_pf, nodes, log_p
 
     @torch.no_grad()
-    def draw_leaves(
-        self, model: PreTrainedModel, batch: dict[str, Tensor], branch: Tensor, before: Tensor, log_p: Tensor | None
-    ) -> Tensor:
-        """(B, P) leaf nodes, from the flow of the user there or from the model after the columns before `branch`."""
+    def draw_leaves(self, prompts: Prompts, before: Tensor, log_p: Tensor | None) -> Tensor:
+        """(B, P) leaf nodes, from the flow of the user there or from the model behind the prompts' branches."""
+        branch = prompts.branch
         if self.settings.paths == "reward":
             log_rewards = self.log_item_rewards.expand(branch.numel(), -1)
             if self.settings.reward == "exact":
@@ -327,8 +325,8 @@ class Objective:
                 log_p = log_p[rows, before.gather(1, branch)].flatten(0, 1)
                 log_rewards = preference_log_rewards(self.trie, log_rewards, log_p, self.settings.beta)
             return self.trie.leaf[torch.multinomial(log_rewards.softmax(-1), 1)].view_as(branch)
-        was_training = model.training
+        model, was_training = prompts.plain, prompts.plain.training
         model.eval()
-        leaves = sample_leaves(model, self.trie, batch["input_ids"], branch)
+        leaves = sample_leaves(prompts.detached())
         model.train(was_training)
         return leaves

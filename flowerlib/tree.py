@@ -7,6 +7,7 @@ the path to it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -74,22 +75,38 @@ def additive(model: PreTrainedModel, visible: Tensor) -> Tensor:
 
 
 class Prompts:
-    """Rows of tokens that a model has read into a cache, and the nodes packed behind them so far. `logits`: (B, P, V)
-    where each of the P groups begins."""
+    """Rows of tokens that a model has read into a cache, and the nodes packed behind them so far. With gradients, where
+    they are enabled.
 
-    def __init__(self, model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, branch: Tensor):
+    Attributes:
+        kept: (B, K, V) logits of the rows at the columns `keep`. logits: (B, P, V) where each of the P groups begins.
+    """
+
+    def __init__(self, model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, branch: Tensor,
+                 keep: Tensor | None = None):
         """input_ids: (B, T), padded on the right. branch: (B, P) how many columns of its row each group follows; the
-        groups after the P-th follow as many as it."""
-        if (n := input_ids.shape[1] + trie.max_depth) > (limit := context_limit(model)):
+        groups after the P-th follow as many as it. keep: (K,) ascending, branch - 1 among them; None: these alone."""
+        self.model, self.plain = model, getattr(model, "module", model)  # that several processes share, and itself
+        if (n := input_ids.shape[1] + trie.max_depth) > (limit := context_limit(self.plain)):
             raise ValueError(f"prompt and title may have {n} tokens and the model reads {limit}: shorten the history")
-        self.model, self.trie, self.branch, self.width = model, trie, branch, input_ids.shape[1]
-        last, place = (branch - 1).unique(return_inverse=True)
+        self.trie, self.branch, self.width = trie, branch, input_ids.shape[1]
+        keep = (branch - 1).unique() if keep is None else keep
         out = model(input_ids=input_ids, use_cache=True, past_key_values=DynamicCache(),
-                    logits_to_keep=last)  # a cache that slides would lose the prompt
-        self.logits = out.logits[torch.arange(len(branch), device=branch.device)[:, None], place]
-        self.cache = out.past_key_values
+                    logits_to_keep=keep)  # a cache that slides would lose the prompt
+        self.kept, self.cache = out.logits, out.past_key_values
+        place = torch.searchsorted(keep, branch - 1)
+        self.logits = self.kept[torch.arange(len(branch), device=branch.device)[:, None], place]
         self.nodes = branch.new_zeros(len(branch), 0)
         self.group = self.nodes[0]
+
+    def detached(self) -> Prompts:
+        """The rows without gradients and without the nodes packed behind them; what is packed there stays there."""
+        other, other.cache = copy.copy(self), DynamicCache()
+        for i, layer in enumerate(self.cache.layers):
+            other.cache.update(layer.keys[:, :, : self.width].detach(), layer.values[:, :, : self.width].detach(), i)
+        other.model, other.logits, other.kept = self.plain, self.logits.detach(), self.kept.detach()
+        other.nodes, other.group = self.nodes[:, :0], self.group[:0]
+        return other
 
     def extend(self, nodes: Tensor, group: Tensor) -> Tensor:
         """Packs (B, W) more nodes of (W,) groups → (B, W, V) logits there."""
@@ -98,7 +115,7 @@ class Prompts:
         visible = seen_by_nodes(self.trie, self.width, limit, nodes, group, self.nodes, self.group)
         node = nodes.clamp(min=0)
         return self.model(
-            input_ids=self.trie.token[node].clamp(min=0), attention_mask=additive(self.model, visible[:, None]),
+            input_ids=self.trie.token[node].clamp(min=0), attention_mask=additive(self.plain, visible[:, None]),
             position_ids=limit - 1 + self.trie.depth[node], past_key_values=self.cache, use_cache=True
         ).logits
 
@@ -177,17 +194,11 @@ class PackedTree:
 
 
 @torch.no_grad()
-def sample_leaves(model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, branch: Tensor) -> Tensor:
-    """Draws P titles for each row from the model renormalised over the children of each node: (B, P) leaf nodes.
-
-    Each row is read once; its paths go through the model packed behind it, as long as one can fork. Raises ValueError
-    where the model's scores are NaN.
-
-    Args:
-        input_ids: (B, T) rows padded on the right.
-        branch: (B, P) how many columns of its row each path follows; it does not see the others.
-    """
-    prompts = Prompts(model, trie, input_ids, branch)
+def sample_leaves(prompts: Prompts) -> Tensor:
+    """Draws a title for each group of the prompts from the model renormalised over the children of each node: (B, P)
+    leaf nodes. Its paths go through the model packed behind the rows, as long as one can fork. Raises ValueError where
+    the model's scores are NaN."""
+    trie, branch = prompts.trie, prompts.branch
     nodes, logits = torch.zeros_like(branch).flatten(), prompts.logits
     while True:
         rows, children = trie.children(nodes)

@@ -8,6 +8,7 @@ import torch
 
 from flowerlib import data, losses, rewards, train
 from flowerlib.train import Objective, TrainSettings, collate, make_rows
+from flowerlib.tree import Prompts
 
 from tiny_rows import HISTORIES, TARGETS, TITLES, batch_of, objective, preference_model, tables_of, world
 
@@ -159,6 +160,19 @@ def titles_before(catalogue, wanted, nodes, column):
     return [t for t, end in zip(wanted, ends) if end <= behind]
 
 
+def watched(made, function):
+    """The branches and leaves that were drawn meanwhile, and what the function returns."""
+    taken, draw = [], made.draw_leaves
+
+    def draw_leaves(prompts, before, log_p):
+        leaves = draw(prompts, before, log_p)
+        taken.append((prompts.branch, leaves))
+        return leaves
+
+    made.draw_leaves = draw_leaves
+    return taken, function()
+
+
 @pytest.mark.parametrize("n_paths", [1, 3])
 @pytest.mark.parametrize("paths", ["reward", "policy"])
 @pytest.mark.parametrize("form", ["sequence", "target"])
@@ -167,23 +181,21 @@ def test_packed_paths_see_the_prompt_and_nothing_else(paths, form, n_paths):
     made = objective(catalogue, paths=paths, n_paths=n_paths)
     targets = [wanted[:1] for wanted in TARGETS] if form == "target" else TARGETS
     batch = batch_of(catalogue, targets)
-    nodes, width = batch["nodes"], batch["nodes"].shape[1]
+    nodes = batch["nodes"]
     starts = (nodes >= 0) & (catalogue.trie.depth[nodes.clamp(min=0)] == 1)
-    branch = torch.multinomial(starts.float(), n_paths, replacement=True)
-    drawn = made.draw_leaves(model.train(), batch, branch, torch.zeros_like(nodes), None)
-    packed, predictor = made.packed(batch, catalogue.trie.paths(drawn.flatten()).view(3, -1), branch)
-    logits = model(**packed, use_cache=False).logits.log_softmax(-1)
-    length = (packed["input_ids"].shape[1] - width) // n_paths
+    [(branch, leaves)], (_, _, _, log_pf, passed, _) = watched(
+        made, lambda: made._drawn(model.train(), batch["input_ids"], starts, torch.zeros_like(nodes), 0, None))
+    assert branch.shape == leaves.shape == (3, n_paths)
+    begin = 0
     for row, history in enumerate(HISTORIES):
-        for path in range(n_paths):
-            item = catalogue.trie.leaf.tolist().index(int(drawn[row, path]))
-            begin = width + path * length
-            columns = torch.arange(begin, begin + len(catalogue.sequences[item]))
-            assert packed["input_ids"][row, columns].tolist() == catalogue.sequences[item]
-            packed_log_pf = logits[row, predictor[row, columns], packed["input_ids"][row, columns]]
-            own = titles_before(catalogue, targets[row], nodes[row], int(branch[row, path]))
+        for column, leaf in zip(branch[row].tolist(), leaves[row]):
+            item = catalogue.trie.leaf.tolist().index(int(leaf))
+            own = titles_before(catalogue, targets[row], nodes[row], column)
             expected, _ = naive(model, catalogue, own, made.log_r, history, item)
-            torch.testing.assert_close(packed_log_pf, expected, atol=1e-4, rtol=1e-4)
+            of_path = slice(begin, begin := begin + len(expected))
+            assert catalogue.trie.token[passed[of_path]].tolist() == catalogue.sequences[item]
+            torch.testing.assert_close(log_pf[of_path], expected, atol=1e-4, rtol=1e-4)
+    assert begin == len(passed)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -197,17 +209,9 @@ def test_validation_measures_the_loss_that_is_trained(paths, reward, flow, train
     model, catalogue = world()
     likes, trie = preference_model(), catalogue.trie
     made = objective(catalogue, 0.4, paths, reward, flow, n_paths=2, preference=likes)
-    batch, taken, draw = batch_of(catalogue), [], made.draw_leaves
-
-    def watched(model, batch, branch, before, log_p):
-        leaves = draw(model, batch, branch, before, log_p)
-        taken.append((branch, leaves))
-        return leaves
-
-    made.draw_leaves = watched
-    parts = made(model.train(training), batch)
+    batch = batch_of(catalogue)
+    [(branch, leaves)], parts = watched(made, lambda: made(model.train(training), batch))
     assert model.training == training
-    [(branch, leaves)] = taken
     assert branch.shape == leaves.shape == (3, 2) and (trie.node_leaf[leaves] >= 0).all()
     pairs, divergences = [], []
     for row, history in enumerate(HISTORIES):
@@ -220,6 +224,8 @@ def test_validation_measures_the_loss_that_is_trained(paths, reward, flow, train
             divergences += node_divergences(model, catalogue, own, log_r, history, target)
     expected = subtb(pairs) if flow == "subtb" else torch.stack(divergences).mean()
     torch.testing.assert_close(parts["flow"][0], expected, atol=1e-5, rtol=1e-4)
+    gradients = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in (parts["flow"][0], expected))
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)  # through the rows' cache too
     logged = [-naive(model, catalogue, wanted[:n], made.log_r, history, target)[0]
               for history, wanted in zip(HISTORIES, TARGETS) for n, target in enumerate(wanted)]
     torch.testing.assert_close(parts["sft"][0], torch.cat(logged).mean())
@@ -344,7 +350,8 @@ def test_titles_are_drawn_from_the_reward_of_the_user_who_stands_there():
     before = (batch["n_history"][:, None] + starts.cumsum(-1) - 1).clamp(min=0)
     branch = torch.stack([row.nonzero()[-1] for row in starts])
     torch.manual_seed(0)
-    drawn = made.draw_leaves(model.train(), batch, branch.expand(-1, n), before, likes.log_p(batch["leaves"][:, :-1]))
+    prompts = Prompts(model, catalogue.trie, batch["input_ids"], branch.expand(-1, n))
+    drawn = made.draw_leaves(prompts, before, likes.log_p(batch["leaves"][:, :-1]))
     for row, (history, wanted) in enumerate(zip(HISTORIES, TARGETS)):
         log_p = likes.after([catalogue.trie.item_leaf[[*history, *wanted[:-1]]].tolist()])[0]
         share = (torch.arange(2, len(TITLES) + 2).log() + log_p).softmax(-1).double().numpy()

@@ -200,7 +200,7 @@ def test_samples_follow_the_policy_renormalised_over_children(world):
     torch.manual_seed(0)
     n, n_paths = 1000, 4
     branch = (length - 2).repeat(n)[:, None].repeat(1, n_paths)
-    nodes = tree.sample_leaves(model, catalogue.trie, ids.repeat(n, 1), branch)
+    nodes = tree.sample_leaves(Prompts(model, catalogue.trie, ids.repeat(n, 1), branch))
     nodes = nodes.view(n, 2, n_paths).transpose(1, 2).flatten(0, 1)
     n *= n_paths
     for column, history in enumerate(histories):
@@ -215,7 +215,7 @@ def test_scores_that_are_no_numbers_end_in_a_sentence():
     torch.nn.init.constant_(model.lm_head.weight, torch.nan)
     ids, length = right_padded([catalogue.context([0])])
     with pytest.raises(ValueError, match="scores are NaN"):
-        tree.sample_leaves(model, catalogue.trie, ids, length[:, None])
+        tree.sample_leaves(Prompts(model, catalogue.trie, ids, length[:, None]))
 
 
 # beams

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from .. import losses, metrics
 from ..model import Backbone
-from ..tree import PackedTree, leaf_below, sample_leaves
+from ..tree import PackedTree, Prompts, leaf_below, sample_leaves
 from ..trie import TitleTrie, segment_logsumexp
 from . import sources, store, training
 from .settings import FIT_LOSSES, FIT_PATHS, PREFERENCE_LOSSES, Settings
@@ -360,5 +360,5 @@ def drawn(model: Any, trie: TitleTrie, context: Sequence[int], n: int, seed: int
     leaves = []
     for prompts in torch.tensor([[*context]] * n, device=model.device).split(batch):
         ends = torch.full((len(prompts), 1), len(context), device=model.device)
-        leaves.append(sample_leaves(model, trie, prompts, ends).flatten())
+        leaves.append(sample_leaves(Prompts(model, trie, prompts, ends)).flatten())
     return torch.bincount(trie.node_leaf[torch.cat(leaves)], minlength=len(trie.leaves)).tolist()
