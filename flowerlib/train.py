@@ -202,7 +202,7 @@ class Objective:
     """Flower's loss of a batch, θ · L_SFT + (1 − θ) · L_flow; θ = 1 is SFT.
 
     log π is over the whole vocabulary. The paths of the flow loss are the logged titles, or `n_paths` a row drawn from
-    the flow or from the model under the tree's mask; drawn paths share one forward pass with the logged row.
+    the flow or from the model under the tree's mask; drawn ones go through it behind the row's cache.
 
     Deviation: the official code samples through a switched-off cache, so that all tokens but the first ignore the
     prompt; paths here see the whole prompt. Preferences are those of the very row (the official code takes training
@@ -316,7 +316,8 @@ class Objective:
 
     @torch.no_grad()
     def draw_leaves(self, prompts: Prompts, before: Tensor, log_p: Tensor | None) -> Tensor:
-        """(B, P) leaf nodes, from the flow of the user there or from the model behind the prompts' branches."""
+        """(B, P) leaf nodes, from the flow of the user there or from the model behind the prompts' branches, there without
+        dropout (the row itself is read as the loss reads it)."""
         branch = prompts.branch
         if self.settings.paths == "reward":
             log_rewards = self.log_item_rewards.expand(branch.numel(), -1)

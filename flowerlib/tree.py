@@ -32,8 +32,8 @@ from .trie import TitleTrie, segment_logsumexp
 
 def right_padded(rows: Sequence[Sequence[int] | np.ndarray], pad: int = 0, multiple: int = 1) -> Tensor:
     """Lists of ids → (B, T) int64, padded on the right, T a multiple of this number. A causal model needs no mask then:
-    nothing sees what stands behind it. (Rows padded on the left begin with queries that see nothing: a softmax over
-    nothing, of which some GPU kernels make NaN gradients.)"""
+    nothing sees what stands behind it. (Rows padded on the left begin with queries that see nothing; of a softmax over
+    nothing a GPU's kernel may make NaN gradients.)"""
     rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad)
     return padded(ids, (0, -ids.shape[1] % multiple), value=pad)
@@ -63,9 +63,8 @@ def pack(trie: TitleTrie, width: int, limit: Tensor, nodes: Tensor, group: Tenso
     limits = torch.cat([column + 1, limit], 1)  # of rows' tokens too
     of_all, groups = padded(nodes, (width, 0), value=-1), padded(group, (width, 0))
     visible = seen_by_nodes(trie, width, limits, of_all, groups, nodes, group)
-    itself = torch.eye(visible.shape[1], dtype=torch.bool, device=nodes.device)  # a softmax over nothing would be NaN
     behind = limit - 1 + trie.depth[nodes.clamp(min=0)]
-    return {"attention_mask": (visible | itself)[:, None], "position_ids": torch.cat([column, behind], 1)}
+    return {"attention_mask": visible[:, None], "position_ids": torch.cat([column, behind], 1)}
 
 
 def additive(model: PreTrainedModel, visible: Tensor) -> Tensor:
@@ -86,13 +85,13 @@ class Prompts:
                  keep: Tensor | None = None):
         """input_ids: (B, T), padded on the right. branch: (B, P) how many columns of its row each group follows; the
         groups after the P-th follow as many as it. keep: (K,) ascending, branch - 1 among them; None: these alone."""
-        self.model, self.plain = model, getattr(model, "module", model)  # that several processes share, and itself
-        if (n := input_ids.shape[1] + trie.max_depth) > (limit := context_limit(self.plain)):
+        self.model, self.plain = model, getattr(model, "module", model)  # in DDP, and out of it
+        if (n := int(branch.max()) + trie.max_depth) > (limit := context_limit(self.plain)):
             raise ValueError(f"prompt and title may have {n} tokens and the model reads {limit}: shorten the history")
         self.trie, self.branch, self.width = trie, branch, input_ids.shape[1]
         keep = (branch - 1).unique() if keep is None else keep
-        out = model(input_ids=input_ids, use_cache=True, past_key_values=DynamicCache(),
-                    logits_to_keep=keep)  # a cache that slides would lose the prompt
+        cache = DynamicCache()  # one that slides would lose the prompt
+        out = model(input_ids=input_ids, use_cache=True, past_key_values=cache, logits_to_keep=keep)
         self.kept, self.cache = out.logits, out.past_key_values
         place = torch.searchsorted(keep, branch - 1)
         self.logits = self.kept[torch.arange(len(branch), device=branch.device)[:, None], place]
@@ -100,11 +99,11 @@ class Prompts:
         self.group = self.nodes[0]
 
     def detached(self) -> Prompts:
-        """The rows without gradients and without the nodes packed behind them; what is packed there stays there."""
+        """The rows alone, without gradients: nodes packed behind them do not reach these prompts."""
         other, other.cache = copy.copy(self), DynamicCache()
         for i, layer in enumerate(self.cache.layers):
             other.cache.update(layer.keys[:, :, : self.width].detach(), layer.values[:, :, : self.width].detach(), i)
-        other.model, other.logits, other.kept = self.plain, self.logits.detach(), self.kept.detach()
+        other.model, other.logits = self.plain, self.logits.detach()
         other.nodes, other.group = self.nodes[:, :0], self.group[:0]
         return other
 

@@ -27,7 +27,8 @@ def smoke(tmp_path_factory):
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke"
     with FileLock(f"{folder}.lock"):
         if not (folder / "whole").exists():
-            reproduce.reproduce("smoke", str(folder), {"n_random_titles": 10_000}, (*reproduce.NOTEBOOKS, *reproduce.STUDIES))
+            names = (*reproduce.NOTEBOOKS, *reproduce.STUDIES)
+            reproduce.reproduce("smoke", str(folder), {"n_random_titles": 10_000}, names)
             (folder / "whole").touch()
     return folder
 

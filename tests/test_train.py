@@ -89,21 +89,25 @@ def test_batches_have_few_widths_with_or_without_a_trunk():
         width = batch["input_ids"].shape[1]
         assert width % train.WIDTHS == 0 and width - max(map(len, rows.input_ids)) < train.WIDTHS
         assert batch["nodes"].shape == (3, width)
-        assert [row[: len(ids)].tolist() == ids.tolist() for row, ids in zip(batch["input_ids"], rows.input_ids)] == [True] * 3
+        for row, own in zip(batch["input_ids"], rows.input_ids):
+            assert row[: len(own)].tolist() == own.tolist()
     assert batch["inputs_embeds"].shape == (3, width, 4)
     for row, ids, first in zip(batch["inputs_embeds"], rows.input_ids, rows.start):
         assert (row[: len(ids)] == torch.from_numpy(hidden[first : first + len(ids)]).float()).all()
 
 
-def test_no_query_sees_nothing():
-    """Rows padded on the left begin with such queries, of which some GPU kernels make NaN gradients."""
+@pytest.mark.parametrize("paths", ["logged", "reward", "policy"])
+def test_no_query_sees_nothing(paths):
+    """Rows padded on the left begin with such queries, of which a GPU's kernel may make NaN gradients."""
     model, catalogue = world()
     seen = []
     hook = model.model.layers[0].self_attn.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
-    objective(catalogue)(model, batch_of(catalogue))
+    objective(catalogue, paths=paths, n_paths=2)(model, batch_of(catalogue))
     hook.remove()
-    assert seen == [None]  # causal, without a mask
+    first, *behind = seen
+    assert first is None  # causal, without a mask
+    assert bool(behind) == (paths != "logged") and all(mask.any(-1).all() for mask in behind)
 
 
 # the loss of a batch
@@ -224,7 +228,8 @@ def test_validation_measures_the_loss_that_is_trained(paths, reward, flow, train
             divergences += node_divergences(model, catalogue, own, log_r, history, target)
     expected = subtb(pairs) if flow == "subtb" else torch.stack(divergences).mean()
     torch.testing.assert_close(parts["flow"][0], expected, atol=1e-5, rtol=1e-4)
-    gradients = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in (parts["flow"][0], expected))
+    gradients = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+                 for loss in (parts["flow"][0], expected))
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)  # through the rows' cache too
     logged = [-naive(model, catalogue, wanted[:n], made.log_r, history, target)[0]
               for history, wanted in zip(HISTORIES, TARGETS) for n, target in enumerate(wanted)]

@@ -278,7 +278,8 @@ def test_nodes_of_seen_are_those_with_nothing_else_below(world):
 def test_beams_equal_transformers_generate_under_the_mask(world, normalised):
     model, catalogue = world
     contexts = [torch.tensor(catalogue.context(history)) for history in ([0], [3, 4, 1])]
-    ids, mask = (pad_sequence(rows, True, padding_side="left") for rows in (contexts, list(map(torch.ones_like, contexts))))
+    ids, mask = (pad_sequence(rows, True, padding_side="left")
+                 for rows in (contexts, list(map(torch.ones_like, contexts))))
     blocked = tree.nodes_of_seen(catalogue.trie, [[0], [3, 4, 1]])
     config = GenerationConfig(
         num_beams=6, num_return_sequences=3, max_new_tokens=catalogue.trie.max_depth, do_sample=False,

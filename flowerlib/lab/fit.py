@@ -354,6 +354,7 @@ def open_case(case: Case, settings: Settings) -> Backbone:
     return backbone._replace(model=backbone.model.to("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+@torch.no_grad()
 def drawn(model: Any, trie: TitleTrie, context: Sequence[int], n: int, seed: int, batch: int = 250) -> list[int]:
     """(n_leaves,) how often each title comes up in n draws, token by token under the tree's mask."""
     torch.manual_seed(seed)

@@ -181,4 +181,4 @@ def matmul_seconds(during: float = 0.05, dtype: torch.dtype = torch.float32) -> 
     return float(np.median(times))
 
 
-speed = lru_cache(matmul_seconds)  # once in a process
+speed = lru_cache(matmul_seconds)

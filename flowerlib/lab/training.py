@@ -211,7 +211,7 @@ def finetune(backbone: Backbone, tables: data.Tables, settings: TrainSettings, f
     Returns the log: columns step, loss, kind ("train" or "validation"), sft and flow (nats a token; nats² or nats a
     node); and the folder of this training. Raises ValueError: a title or a row is longer than the model's context;
     `dry_run` fails; LoRA with drawn paths behind frozen layers; a reward that is not positive; a batch that does not
-    part evenly over the processes; another process trains the same.
+    part evenly over the processes; a loss that is no number; another process trains the same.
 
     Args:
         folder: gets a folder <method>-<digest> for this training.
@@ -294,7 +294,8 @@ def _check_lengths(model: PreTrainedModel, catalogue: Catalogue, parts: Sequence
         raise ValueError(f"item {item}, {catalogue.titles[item][:60]!r}, has {len(sequence)} tokens; prompt and title "
                          f"together may have {limit}, the model's context or sliding window: shorten the title, or "
                          "take another model")
-    if (longest := max(len(ids) for rows in parts for ids in rows.input_ids) + catalogue.trie.max_depth) > limit:
+    widest = max(len(ids) for rows in parts for ids in rows.input_ids)
+    if (longest := max(widest + catalogue.trie.max_depth, widest + -widest % WIDTHS)) > limit:
         raise ValueError(f"a row may grow to {longest} tokens and the model reads {limit}: lower max_history, or "
                          f"shorten the longest title, {catalogue.titles[item][:60]!r} of {len(sequence)} tokens")
 

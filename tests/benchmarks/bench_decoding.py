@@ -30,7 +30,8 @@ def test_constrained_beams_against_generate(side_by_side, model, catalogue, chil
     ours()
     hook.remove()
     contexts = [torch.tensor(catalogue.context(history)) for history in histories]
-    ids, mask = (pad_sequence(rows, True, padding_side="left") for rows in (contexts, list(map(torch.ones_like, contexts))))
+    ids, mask = (pad_sequence(rows, True, padding_side="left")
+                 for rows in (contexts, list(map(torch.ones_like, contexts))))
     config = GenerationConfig(num_beams=10, num_return_sequences=10, max_new_tokens=len(calls), do_sample=False,
                               eos_token_id=None, pad_token_id=0)
 

@@ -29,7 +29,7 @@ def batch(catalogue):
 
 
 def tokens_of(batch):
-    """On average a row: its last token is a target."""
+    """Tokens of a row, on average; its last one is a target."""
     return float((batch["nodes"] != train.NO_TARGET).cumsum(1).argmax(1).float().mean()) + 1
 
 
