@@ -316,8 +316,8 @@ class Objective:
 
     @torch.no_grad()
     def draw_leaves(self, prompts: Prompts, before: Tensor, log_p: Tensor | None) -> Tensor:
-        """(B, P) leaf nodes, from the flow of the user there or from the model behind the prompts' branches, there without
-        dropout (the row itself is read as the loss reads it)."""
+        """(B, P) leaf nodes, from the flow of the user there or from the model behind the prompts' branches, without
+        dropout but for that with which the row was read."""
         branch = prompts.branch
         if self.settings.paths == "reward":
             log_rewards = self.log_item_rewards.expand(branch.numel(), -1)
