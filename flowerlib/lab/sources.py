@@ -427,7 +427,7 @@ def read_processed(folder: str | Path) -> Tables:
     items["title"] = items.title.astype(str)
     _refuse(items.item_id.duplicated(), path, "item_id {} stands there twice", items.item_id)
     _refuse(items.title.map(is_blank), path, "the title of item {} is blank", items.item_id)
-    broken = items.title.str.contains(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+    broken = items.title.str.contains(r"[\x00-\x1f\x7f-\x9f" "\u2028\u2029]")
     _refuse(broken, path, "the title of item {} holds a control character, use clean_title", items.item_id)
     parts = []
     for path in (Path(folder) / f"{part}.parquet" for part in PARTS):
