@@ -57,8 +57,8 @@ def step(model, catalogue, batch, folder, **used):
 
 @pytest.mark.parametrize(("flow", "paths", "reward", "bound"), [
     (flow, paths, "none", bound) for flow in ("subtb", "divergence")
-    for paths, bound in (("logged", 1.25), ("reward", 1.25), ("policy", 2.0))
-] + [("subtb", "policy", "div", 2.0), ("divergence", "reward", "exact", 1.25)])
+    for paths, bound in (("logged", 1.25), ("reward", 1.25), ("policy", 1.5))
+] + [("subtb", "policy", "div", 1.5), ("divergence", "reward", "exact", 1.25)])
 def test_a_flower_step(side_by_side, model, catalogue, batch, tmp_path, flow, paths, reward, bound):
     flower = step(model, catalogue, batch, tmp_path, theta=0.995, paths=paths, flow=flow, reward=reward)
     sft = step(model, catalogue, batch, tmp_path, theta=1.0)
