@@ -87,7 +87,8 @@ def main() -> None:
             copies |= {path: path.name for path in folder.glob(pattern)}
     for run in (folder, *RUNS.glob("study-video_games")) if COMPARISON in names else ():
         prefix = f"07{run.name[5:].replace('-', '_')}_"
-        copies |= {path: prefix + path.name[3:] for path in run.glob("*/07_*") if path.suffix in (".png", ".json")}
+        copies |= {path: prefix + path.name[3:] for kind in ("figures/07_*.png", "results/07_*.json")
+                   for path in run.glob(kind)}
         for kind in ("lists", "preference", "exact"):  # unpacked into a run, they are not made anew
             if (run / kind).exists():
                 shutil.make_archive(str(FIGURES / f"{prefix}{kind}"), "zip", run, kind)
