@@ -6,7 +6,7 @@ BIN := .venv/bin
 REPRODUCE := $(BIN)/python -m flowerlib.lab.reproduce
 AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 export GOMP_SPINCOUNT ?= 3000
-GIVEN = $(foreach p,$(PARAMETERS),-p '$(p)')
+GIVEN = $(if $(PARAMETERS),-p $(PARAMETERS))
 
 .PHONY: lab reproduce study report test test-hard test-browser bench publish
 lab: .venv/ready

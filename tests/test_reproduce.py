@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -308,6 +309,22 @@ def test_misspelt_parameters_and_profiles_are_errors(dry, tmp_path):
     command = [sys.executable, "-m", "flowerlib.lab.reproduce", "-p", "epoch=2"]
     done = subprocess.run(command, cwd=store.ROOT, capture_output=True, text=True)
     assert done.returncode and done.stderr.startswith("error: no notebook has a parameter 'epoch'")
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+def test_make_hands_on_values_with_spaces(monkeypatch):
+    given = "PARAMETERS=n_seeds=3 category='video game' sweep='[[-0.5, 0.1]]'"
+    make = ["make", "-n", "study", "DATA=data/shop", given]
+    printed = subprocess.run(make, cwd=store.ROOT, capture_output=True, text=True).stdout
+    command = shlex.split(printed.partition("flowerlib.lab.reproduce")[2].replace("\\\n", " "))
+    calls = []
+    monkeypatch.setattr(sys, "argv", ["reproduce", *command])
+    monkeypatch.setattr(reproduce, "reproduce", lambda *args: calls.append(args) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reproduce.main()
+    profile, out, overrides, names, _ = calls[0]
+    assert (profile, out, len(names)) == ("study", "runs/study-shop", 5)
+    assert overrides == {"n_seeds": 3, "category": "video game", "sweep": [[-0.5, 0.1]], "data_path": "data/shop"}
 
 
 def test_values_are_looked_at_before_anything_runs(dry):

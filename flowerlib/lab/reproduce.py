@@ -211,8 +211,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="laptop", help=f"one of {', '.join(PROFILES)}")
     parser.add_argument("--out", help="folder of the run, from the project's root (default: runs/<profile>)")
-    parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", type=literal,
-                        help="a notebook parameter, as often as needed")
+    parser.add_argument("-p", "--parameter", action="extend", nargs="+", default=[], metavar="NAME=VALUE", type=literal,
+                        help="notebook parameters")
     parser.add_argument("--fresh", action="store_true", help="make anew what was made before by the same settings")
     stems = [Path(name).stem for name in (BY_HAND, *NOTEBOOKS, *STUDIES)]
     parser.add_argument("--only", action="append", choices=stems, metavar="NOTEBOOK",
