@@ -18,7 +18,8 @@ from flowerlib.lab.reproduce import (
 from flowerlib.lab.settings import PROFILES
 
 ONE_RUN = (*NOTEBOOKS, BY_HAND, EXPLORERS, COMPARISON)  # published together
-SHORT = ("Next choices", "Preference", "SFT", "SFT, α while decoding", "Flower", "Flower-KL")
+SHORT = ("Next choices", "Preference", "Preference, α while decoding", "SFT", "SFT, α while decoding", "Flower",
+         "Flower-KL")
 RUNS, FIGURES = store.ROOT / "runs", store.ROOT / "figures"
 PAGES = (store.ROOT / "README.md", FIGURES / "README.md", FOLDER / "README.md")
 
@@ -65,15 +66,14 @@ def filled(page: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", choices=[*ONE_RUN, *STUDIES, []], metavar="notebook")
-    given = parser.parse_args().notebooks
-    names, copies = given or ONE_RUN, {}
+    names, copies = parser.parse_args().notebooks or ONE_RUN, {}
     if SPEED in names:
         copies[BENCH] = "08_bench.json"
         if not BENCH.exists():
             parser.error(f"{SPEED} shows what this machine has measured: run `make bench` first")
     folder, timed = RUNS / "study", {"smoke": (*NOTEBOOKS, BY_HAND, *STUDIES), "laptop": NOTEBOOKS}
     try:
-        for profile, of_profile in () if given else timed.items():
+        for profile, of_profile in timed.items() if names is ONE_RUN else ():
             if (run := RUNS / f"timed-{profile}").exists():
                 print("the last run is now in", run.rename(f"{run}-{time.strftime('%Y-%m-%d-%H%M%S')}"))
             reproduce(profile, str(run), {}, of_profile)
