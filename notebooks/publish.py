@@ -91,7 +91,7 @@ def main() -> None:
                    for path in run.glob(kind)}
         for kind in ("lists", "preference", "exact"):  # unpacked into a run, they are not made anew
             if (run / kind).exists():
-                shutil.make_archive(str(FIGURES / f"{prefix}{kind}"), "zip", run, kind)
+                shutil.make_archive(str(FIGURES / f"{prefix}{kind}"), "xztar", run, kind)
     for path, name in copies.items():
         shutil.copy(path, FIGURES / name)
     for page in PAGES:

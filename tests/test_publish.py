@@ -126,8 +126,8 @@ def test_what_a_study_has_made_is_packed_without_its_data(house, monkeypatch):
         (study / name).parent.mkdir(parents=True, exist_ok=True)
         (study / name).write_text(name)
     run(monkeypatch, reproduce.COMPARISON)
-    packed = sorted((root / "figures").glob("*.zip"))
-    assert [path.name for path in packed] == ["07_exact.zip", "07_lists.zip", "07_preference.zip"]
+    packed = sorted((root / "figures").glob("*.tar.xz"))
+    assert [path.name for path in packed] == ["07_exact.tar.xz", "07_lists.tar.xz", "07_preference.tar.xz"]
     for path in packed:
         shutil.unpack_archive(path, root / "new")
     left = [path.relative_to(root / "new").as_posix() for path in (root / "new").rglob("*") if path.is_file()]
@@ -145,7 +145,7 @@ def test_the_study_on_the_papers_data_goes_under_names_of_its_own(house, monkeyp
     run(monkeypatch, reproduce.COMPARISON)
     assert len(calls) == 1  # nothing is run there
     found = {path.name for path in (root / "figures").glob("07_video_games_*")}
-    assert found == {f"07_video_games_{name}" for name in ("lists.zip", "preference.zip", "test.json", "test.png")}
+    assert found == {f"07_video_games_{name}" for name in ("lists.tar.xz", "preference.tar.xz", "test.json", "test.png")}
     assert (root / "figures" / "07_video_games_test.json").read_text() == "video games"
 
 
