@@ -12,9 +12,8 @@ from pathlib import Path
 import nbformat
 
 from flowerlib.lab import report, runs, store
-from flowerlib.lab.reproduce import (
-    BENCH, BY_HAND, COMPARISON, EXPLORERS, FOLDER, NOTEBOOKS, SPEED, STUDIES, NotebookError, reproduce, times_file,
-)
+from flowerlib.lab.reproduce import (BENCH, BY_HAND, COMPARISON, EXPLORERS, FOLDER, NOTEBOOKS, SPEED, STUDIES,
+                                     NotebookError, reproduce, times_file)
 from flowerlib.lab.settings import PROFILES
 
 ONE_RUN = (*NOTEBOOKS, BY_HAND, EXPLORERS, COMPARISON)  # published together
@@ -48,8 +47,10 @@ def filled(page: str) -> str:
              for row in studies["MovieLens-100K"] if row["method"] in SHORT and row["seen"] == "excluded"
              and row["decoding"] != "beam_normalised"]
     less = "decoding seen trainings HR@10 top_vs_history MGU_NEXT mgu ttr gini".split()
+    cells = "flow reward alpha theta counts paths ndcg@10 dgu top_vs_next mgu_next h_bits distinct".split()
     tables = {
         "verdict": report.verdict_table(rows["05_fit_a_known_distribution"], studies),
+        "design": report.markdown(rows["07_design"], cells),
         "results": report.lists_table(short, *less),
         **{mark: report.lists_table(of, "mgu", "ttr", "gini")
            for mark, of in zip(("next", "video_games"), studies.values())},

@@ -16,9 +16,9 @@ from PIL import Image
 from . import runs, store
 
 HEADS = {  # entry of a row → head of its column, where they differ
-    "seen": "seen titles", "mgu": "MGU", "top_vs_history": "top group − history", "TOP_VS_NEXT": "top group − next",
-    "MGU_NEXT": "MGU − next", "h_bits": "H (bits)", "ttr": "TTR", "distinct": "distinct titles",
-    "gini": "Gini", "n_titles": "titles", "kl_target_model": "KL(target‖model), nats", "js": "JS",
+    "seen": "seen titles", "mgu": "MGU", "top_vs_history": "top group − history", "top_vs_next": "top group − next",
+    "mgu_next": "MGU − next", "h_bits": "H (bits)", "ttr": "TTR", "distinct": "distinct titles", "dgu": "DGU",
+    "gini": "Gini", "n_titles": "titles", "kl_target_model": "KL(target‖model), nats", "js": "JS", "ndcg@10": "NDCG@10",
     "kl_model_target": "KL(model‖target)", "catalogue_mass": "mass on the catalogue", "name": "ours / the other way",
     "peak_mb_so_far": "peak memory so far, MB", "matmul_1024_seconds": "1024 × 1024 matrix product then, seconds"}
 SETTINGS = {"reward": "reward {}", "alpha": "α = {:g}", "theta": "θ = {:g}", "decoding_alpha": "α = {:g}",
@@ -43,7 +43,7 @@ main { max-width: 72rem; margin: auto; } .jp-RenderedHTMLCommon figure img { max
 
 def markdown(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """A Markdown table of these entries of rows, numbers to three digits, columns aligned for a terminal."""
-    columns = [[HEADS.get(n, n.replace("_", " ")), "---", *(_text(row.get(n)) for row in rows)] for n in names]
+    columns = [[HEADS.get(n.lower(), n.replace("_", " ")), "---", *(_text(row.get(n)) for row in rows)] for n in names]
     aligned = [[text.ljust(max(map(len, column))) for text in column] for column in columns]
     return "\n".join(f"| {' | '.join(line)} |" for line in zip(*aligned))
 

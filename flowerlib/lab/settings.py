@@ -95,7 +95,7 @@ PROFILES: dict[str, Settings] = {
         decoding_users=20, exact_users=4),
     "laptop": Settings(),
     "study": Settings(
-        profile="study", epochs=2.0, evaluations=4, n_seeds=5, sweep=((-0.25, 0.1), (-0.5, 0.1)),
+        profile="study", epochs=2.0, evaluations=4, n_seeds=5, design=True, sweep=((-0.25, 0.1), (-0.5, 0.1)),
         alphas=(0.0, -0.1, -0.25, -0.5, -1.0), flower_sweep=(("div", 0.995), ("div", 0.9)), exact_users=40),
     "paper": Settings(
         profile="paper", dataset="video_games", data_path="data/video_games", category="video game", split="time",

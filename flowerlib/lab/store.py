@@ -50,8 +50,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def scratch(beside: Path) -> Iterator[Path]:
     """A temporary folder beside this path. What killed processes have left there is removed."""
-    place = beside.parent
-    place.mkdir(parents=True, exist_ok=True)
+    (place := beside.parent).mkdir(parents=True, exist_ok=True)
     sweep(place.glob(LEFT))
     with (tempfile.TemporaryDirectory(None, f".{beside.name}.", place, ignore_cleanup_errors=True) as folder,
           FileLock(f"{folder}/{SCRATCH}")):
