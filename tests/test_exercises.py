@@ -12,7 +12,7 @@ from flowerlib.lab import reproduce
 
 WRONG = {  # answers to each exercise that a reader may well give; numbers alone are guesses that a check might take
     "flow_of_star": ["return 31 + 9 + 11, 51 / 119"],
-    "tamed_alpha": ["return 0.5"],
+    "tamed_alpha": ["return 0.5", "return -0.2876"],
     "trajectory_balance": ["return (log_pi - log_r).sum(-1).square().mean()"],
     "draw_list": ["return np.argsort(-p)[:k]", "return rng.choice(len(p), size=k, p=p)"],
     "most_popular": ["return popular[:10]", "return [item for item in popular[:10] if item not in seen]"],
