@@ -43,7 +43,7 @@ def test_the_verdict_by_hand():
     assert head == ["claim", "paper", "ours", "verdict"]
     assert lines[0][1:] == ["2.193 → 0.246", "0.200 → 0.050 on the tree; mass on the titles 0.900 → 0.800", "in part"]
     assert lines[1][2:] == ["a: 0.200 → 0.100, difference -0.100 [-0.150, -0.050]; "
-                            "b: 0.200 → 0.100, difference 0.100 [0.050, 0.150]", "in part"]
+                            "b: 0.200 → 0.100, difference 0.100 [0.050, 0.150]", "a: borne out; b: contradicted"]
     assert [line[-1] for line in lines[2:]] == ["undecided", "undecided", "not tested", "not tested"]
     alone = [line[-1] for line in cells(report.verdict_table([], {"b": [sft, bad]}))[1:]]
     assert alone == ["not tested", "contradicted", "undecided", "undecided", "not tested", "not tested"]

@@ -82,34 +82,34 @@ def verdict_table(fit: Sequence[Mapping[str, Any]], studies: Mapping[str, Sequen
     """The paper's claims, its figures, ours (SFT → Flower), and what ours, of several trainings, say of them. A
     difference counts if p, adjusted by Holm, is < 0.05; accuracy is comparable if all of its 95% interval is > −10%.
     fit: rows of notebook 05 (medians over seeds). studies: data → rows of notebook 07."""
-    ours, found, of = [], [], pd.DataFrame(row for row in fit if (row["target"], row["paths"]) == ("counts", "reward"))
+    words = {True: "borne out", False: "contradicted", None: "undecided"}
+    ours, found, of = [], {}, pd.DataFrame(row for row in fit if (row["target"], row["paths"]) == ("counts", "reward"))
     if len(of) and {"sft", "subtb"} <= {*of.method}:
         small = of[(of.n_titles == of.n_titles.min()) & (of.budget == of.budget.min())]
         median = small.groupby("method")[["kl_target_model", "catalogue_mass"]].median()
         kl, mass = (median.loc[["sft", "subtb"], name].tolist() for name in median)
         ours = ["{} → {} on the tree; mass on the titles {} → {}".format(*map(_text, kl + mass))]
-        found = [kl[1] < kl[0], mass[1] >= mass[0]]
+        found[""] = words[kl[1] < kl[0]] if (kl[1] < kl[0]) == (mass[1] >= mass[0]) else "in part"
     table = [("Flower fits known counts better than SFT (KL, nats)", "2.193 → 0.246", ours, found)]
     for metric, sign, claim, paper in CLAIMS:
-        ours, found = [], []
+        ours, found = [], {}
         for data, rows in studies.items():
             beams = {row["method"]: row for row in rows if (row["decoding"], row["seen"]) == ("beam", "excluded")}
             row = beams.get("Flower", {})
             for key in [key for key in row if re.fullmatch(rf"{metric}(@\d+)?_minus_sft", key)]:
-                before, after = (beams[name][key.removesuffix("_minus_sft")] for name in ("SFT", "Flower"))
-                difference, lo, hi, p = (row[f"{key}{end}"] for end in ("", "_lo", "_hi", "_p"))
-                least = -0.1 * before  # for "no less"
-                gain = sign * difference > 0 if sign else lo > least
+                pair = [beams[name][key.removesuffix("_minus_sft")] for name in ("SFT", "Flower")]
+                change, lo, hi, p = (row[f"{key}{end}"] for end in ("", "_lo", "_hi", "_p"))
+                least = -0.1 * pair[0]  # for "no less"
+                gain = sign * change > 0 if sign else lo > least
                 sure = row["trainings"] > 1 and (p < 0.05 if sign else not lo <= least <= hi)
-                values = map(_text, (before, after, difference, lo, hi))
-                text = "{}: {} → {}, difference {} [{}, {}]".format(plain(data), *values)
+                text = "{}: {} → {}, difference {} [{}, {}]".format(plain(data), *map(_text, (*pair, change, lo, hi)))
                 ours.append(text + ", one training" * (row["trainings"] == 1))
-                found.append(gain if sure else None)
+                found[plain(data)] = words[gain if sure else None]
         table.append((claim, paper, ours, found))
-    words = {(): "not tested", (True,): "borne out", (False,): "contradicted"}
-    words = [words.get((*{*found},), "in part" if True in found else "undecided") for *_, found in table]
+    said = ["; ".join({*found.values()} if len({*found.values()}) < 2 else map(": ".join, found.items()))
+            or "not tested" for *_, found in table]
     return markdown([{"claim": claim, "paper": paper, "ours": "; ".join(ours) or "not run", "verdict": word}
-                     for (claim, paper, ours, _), word in zip(table, words)], ["claim", "paper", "ours", "verdict"])
+                     for (claim, paper, ours, _), word in zip(table, said)], ["claim", "paper", "ours", "verdict"])
 
 
 def fit_table(rows: Sequence[Mapping[str, Any]]) -> str:
