@@ -94,7 +94,7 @@ def divergence_loss(log_pf: Tensor, log_token_rewards: Tensor, n_states: int, vi
 def trajectory_balance_loss(log_pf: Tensor, log_token_rewards: Tensor, mask: Tensor) -> Tensor:
     """Mean over paths of (Σ_t d_t)², the residual of the whole title alone, in nats²; (B, T) as above."""
     _check(mask, log_pf, log_token_rewards)
-    return torch.where(mask, log_pf - log_token_rewards, 0).sum(-1).square().mean()
+    return torch.where(mask, log_pf - log_token_rewards, 0).sum(-1)[mask[:, 0]].square().mean()
 
 
 def exact_cross_entropy(log_pf: Tensor, log_reach: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def slot_table(recommendations: ArrayLike, targets: ArrayLike, titles: Sequence[
 
 def exposure_by_name(recommended: Sequence[str], names: Sequence[str]) -> Ints:
     """Number of slots that each name fills, (len(names),), in a plain list of titles or ids recommended by any system.
-    Raises ValueError if a recommended name is not among `names`: the message counts them and shows three."""
+    The names are distinct. Raises ValueError if a recommended one is not among them: the message counts them and shows three."""
     place = {name: i for i, name in enumerate(names)}
     unknown = sorted(set(recommended) - place.keys())
     if unknown:
@@ -138,7 +138,7 @@ def accuracy_by_group(recommendations: ArrayLike, targets: ArrayLike, counts: Ar
     """HR@k by the popularity of the title that was chosen next: a row a group (0 = most popular), and one, "cold", for
     titles without a count, which are in no group here; columns group, n_users, hr, NaN where nobody chose any."""
     targets, counts = np.asarray(targets), np.asarray(counts)
-    hit = hit_rate(ranks(recommendations, targets), k)
+    hit = hit_rate(ranks(_checked_lists(recommendations, targets, len(counts), [k]), targets), k)
     group = np.where(counts[targets] > 0, popularity_groups(counts, n_groups)[targets], n_groups)
     users = np.bincount(group, minlength=n_groups + 1)
     hits = np.bincount(group, weights=hit, minlength=n_groups + 1)
@@ -254,11 +254,11 @@ def evaluate(
     recommendation, no counts, k above K (lists of ten have no HR@20), or one user alone and an interval.
     """
     values, replicates = _replicates(recommendations, targets, counts, titles, ks, n_bootstrap, seed, n_groups, slots)
-    upper = {"ttr": 1.0, "coverage": 1.0, "aplt": 1.0, "gini": 1.0, "distinct": float(len(titles))}
+    upper = dict.fromkeys(("hr", "ndcg", "ttr", "coverage", "aplt", "gini"), 1.0) | {"distinct": float(len(titles))}
     for name, x in replicates.items():
         lo, hi = _interval(name, values[name], x)
         lowest = -1.0 if name.startswith("top_") else 0.0
-        values |= {f"{name}_lo": max(lo, lowest), f"{name}_hi": min(hi, upper.get(name, np.inf))}
+        values |= {f"{name}_lo": max(lo, lowest), f"{name}_hi": min(hi, upper.get(name.split("@")[0], np.inf))}
     return values
 
 
@@ -300,6 +300,8 @@ def _replicates(recommendations: ArrayLike, targets: ArrayLike, counts: ArrayLik
                 slots: int | None) -> tuple[dict[str, float], dict[str, Floats]]:
     """Every metric's value, and (R,) values as other users and trainings might have given them."""
     counts, lists = _checked_counts(counts), np.asarray(recommendations)
+    if not len(ks) or slots is not None and slots < 1:
+        raise ValueError(f"name one k at least, and slots above 0: not {tuple(ks)}, {slots}")
     if len(titles) != len(counts):
         raise ValueError(f"{len(titles)} titles for {len(counts)} counts")
     trainings = lists if lists.ndim == 3 else lists[None]
@@ -373,7 +375,7 @@ def _word_counter(titles: Sequence[str]) -> Callable[[ArrayLike], Floats]:
 
 
 def _checked_counts(counts: ArrayLike) -> NDArray:
-    counts = np.asarray(counts)
+    counts = np.asarray(counts, dtype=float)  # -counts of unsigned numbers would be large
     if counts.ndim != 1 or not np.isfinite(counts).all() or (counts < 0).any() or not counts.sum() > 0:
         raise ValueError("counts must be a vector of numbers >= 0 with a positive sum")
     return counts

@@ -121,7 +121,7 @@ def open_backbone(settings: "TrainSettings", titles: Sequence[str], path: str | 
         _set_embeddings(model, torch.arange(model.config.vocab_size))
     catalogue = Catalogue.build(tokenizer, titles, settings.category, settings.rows)
     if prompt is not None:
-        catalogue = replace(catalogue, header=tokenizer(prompt).input_ids, footer=[], eos=None)
+        catalogue = replace(catalogue, header=tokenizer(prompt, add_special_tokens=False).input_ids, footer=[], eos=None)
     return Backbone(model.eval(), tokenizer, catalogue)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad as padded
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .data import clean_title, move_article
 from .model import Catalogue, context_limit, load_trained, split_layers, trained_folder, trained_on
@@ -73,6 +73,12 @@ def additive(model: PreTrainedModel, visible: Tensor) -> Tensor:
     return (~visible).float() * torch.finfo(torch.float32).min if eager else visible
 
 
+def check_length(model: PreTrainedModel, n: int) -> None:
+    """Raises ValueError if the model reads fewer than the n tokens of prompt and title."""
+    if n > (limit := context_limit(model)):
+        raise ValueError(f"prompt and title may have {n} tokens and the model reads {limit}: shorten the history")
+
+
 class Prompts:
     """Rows of tokens that a model has read into a cache, and the nodes packed behind them so far. With gradients, where
     they are enabled.
@@ -84,10 +90,10 @@ class Prompts:
     def __init__(self, model: PreTrainedModel, trie: TitleTrie, input_ids: Tensor, branch: Tensor,
                  keep: Tensor | None = None):
         """input_ids: (B, T), padded on the right. branch: (B, P) how many columns of its row each group follows; the
-        groups after the P-th follow as many as it. keep: (K,) ascending, branch - 1 among them; None: these alone."""
+        groups after the P-th follow as many as it. keep: (K,) ascending, branch - 1 among them; None: these alone.
+        Raises ValueError if the context is too short, or if the model's scores are NaN."""
         self.model, self.plain = model, getattr(model, "module", model)  # in DDP, and out of it
-        if (n := int(branch.max()) + trie.max_depth) > (limit := context_limit(self.plain)):
-            raise ValueError(f"prompt and title may have {n} tokens and the model reads {limit}: shorten the history")
+        check_length(self.plain, int(branch.max()) + trie.max_depth)
         self.trie, self.branch, self.width = trie, branch, input_ids.shape[1]
         keep = (branch - 1).unique() if keep is None else keep
         cache = DynamicCache()  # one that slides would lose the prompt
@@ -95,6 +101,8 @@ class Prompts:
         self.kept, self.cache = out.logits, out.past_key_values
         place = torch.searchsorted(keep, branch - 1)
         self.logits = self.kept[torch.arange(len(branch), device=branch.device)[:, None], place]
+        if self.logits.isnan().any():
+            raise ValueError("the model's scores are NaN, so that no title can be found: lower learning_rate")
         self.nodes = branch.new_zeros(len(branch), 0)
         self.group = self.nodes[0]
 
@@ -131,6 +139,7 @@ class PackedTree:
         self, model: PreTrainedModel, trie: TitleTrie, context: Sequence[int], n_frozen: int = 0,
         nodes_at_a_time: int = 512):
         """context: the prompt's tokens. nodes_at_a_time bounds the memory: so many nodes' logits are held at once."""
+        check_length(model, len(context) + trie.max_depth)
         self.model, self.trie = model, trie.to(model.device)
         self.width, self.nodes_at_a_time, self.forward_tokens = len(context), nodes_at_a_time, 0
         tokens = torch.cat([torch.tensor(context, device=model.device), self.trie.token])
@@ -195,8 +204,7 @@ class PackedTree:
 @torch.no_grad()
 def sample_leaves(prompts: Prompts) -> Tensor:
     """Draws a title for each group of the prompts from the model renormalised over the children of each node: (B, P)
-    leaf nodes. Its paths go through the model packed behind the rows, as long as one can fork. Raises ValueError where
-    the model's scores are NaN."""
+    leaf nodes. Its paths go through the model packed behind the rows, as long as one can fork."""
     trie, branch = prompts.trie, prompts.branch
     nodes, logits = torch.zeros_like(branch).flatten(), prompts.logits
     while True:
@@ -204,8 +212,6 @@ def sample_leaves(prompts: Prompts) -> Tensor:
         scores = logits.flatten(0, 1)[rows, trie.token[children]].float()
         noisy = scores - torch.empty_like(scores).exponential_().log()  # Gumbel noise: the argmax is a sample
         best = torch.full((len(nodes),), -torch.inf, device=scores.device).scatter_reduce(0, rows, noisy, "amax")
-        if best.isnan().any():
-            raise ValueError("the model's scores are NaN, so that no title can be drawn: lower learning_rate")
         drawn = noisy == best[rows]
         nodes = nodes.index_copy(0, rows[drawn], children[drawn])
         if not trie.forks[nodes].any():
@@ -218,32 +224,6 @@ def leaf_below(trie: TitleTrie, nodes: Tensor) -> Tensor:
     while (inner := trie.node_leaf[nodes] < 0).any():
         nodes = torch.where(inner, trie.child_start[nodes], nodes)
     return nodes
-
-
-class TrieLogitsProcessor(LogitsProcessor):
-    """Masks every token that does not continue a title, for transformers' `generate`.
-
-    Where nothing continues it allows ⊤ alone: give `generate` eos_token_id=terminator, to stop where titles end.
-
-    Args:
-        prompt_length: columns of input_ids that hold the prompt.
-        blocked: (n_prompts, n_nodes) bool, nodes that a prompt may not enter, or None.
-    """
-
-    def __init__(self, trie: TitleTrie, prompt_length: int, terminator: int, blocked: Tensor | None = None):
-        self.trie, self.prompt_length, self.terminator, self.blocked = trie, prompt_length, terminator, blocked
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        nodes = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
-        for column in range(self.prompt_length, input_ids.shape[1]):
-            nodes = self.trie.advance(nodes, input_ids[:, column])
-        allowed = self.trie.allowed_mask(nodes, scores.shape[-1])
-        if self.blocked is not None:
-            rows, children = self.trie.children(nodes)
-            barred = self.blocked[rows // (len(nodes) // len(self.blocked)), children]
-            allowed[rows[barred], self.trie.token[children[barred]]] = False
-        allowed[:, self.terminator] |= ~allowed.any(-1)
-        return scores.masked_fill(~allowed, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -295,7 +275,7 @@ def beam_search(
     log_p: Tensor | None = None, seed: int = 0, item_counts: Tensor | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The best titles after each history, for each of the searches: their beams are packed behind one prompt, which is
-    read once, and no cache is copied when beams change places. The tests' reference is `TrieLogitsProcessor`.
+    read once, and no cache is copied when beams change places.
 
     Args:
         histories: item positions in the prompts, oldest first; may be empty.

@@ -202,7 +202,7 @@ class TitleTrie:
         """(B,) nodes → (B, max_depth) the nodes on the way from the root (left out) down to each, then -1."""
         columns: list[Tensor] = []
         for depth in range(self.max_depth, 0, -1):
-            there = self.depth[nodes] == depth
+            there = (self.depth[nodes] == depth) & (nodes >= 0)
             columns.append(torch.where(there, nodes, -1))
             nodes = torch.where(there, self.parent[nodes], nodes)
         return torch.stack(columns[::-1], 1)

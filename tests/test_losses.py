@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import pad
 
 from flowerlib.losses import (
     FLOOR_LOG_REWARD, FLOW_LOSSES, divergence_loss, flow_loss, modified_subtb_loss, sft_loss, subtb_loss,
@@ -384,6 +385,8 @@ def test_flow_loss_calls_the_loss_that_it_names(lengths, lam, seed):
     assert set(expected) == set(FLOW_LOSSES)
     for name, value in expected.items():
         assert flow_loss(name, log_pf, log_r, mask, lam, end=(log_end, log_end_r)) == value
+        longer = [pad(x, (0, 1, 0, 1)) for x in (log_pf, log_r, mask, log_end, log_end_r)]  # a row without tokens
+        torch.testing.assert_close(flow_loss(name, *longer[:3], lam, end=tuple(longer[3:])), value)
     assert len(set(map(float, expected.values()))) > 1
 
 

@@ -101,7 +101,8 @@ def test_accuracy_by_hand():
 
 def test_popularity_groups_by_hand():
     # sorted: leaf 2 (9), leaf 0 and leaf 4 (5 each, lower id first), leaf 1 (1); leaf 3 has none and joins the last
-    assert metrics.popularity_groups([5, 1, 9, 0, 5], 3).tolist() == [0, 2, 0, 2, 1]
+    for dtype in (int, np.uint8, float):
+        assert metrics.popularity_groups(np.array([5, 1, 9, 0, 5], dtype), 3).tolist() == [0, 2, 0, 2, 1]
 
 
 @pytest.mark.parametrize("n_positive, sizes", [(8, [1] * 8), (11, [2, 2, 2, 1, 1, 1, 1, 1]), (16, [2] * 8)])
@@ -312,6 +313,27 @@ def test_accuracy_by_the_popularity_of_the_next_title():
     assert found.hr.tolist() == [1.0, 1.0, 1.0]
     none = metrics.accuracy_by_group([[1, 0]], [0], counts, k=1, n_groups=2)
     assert none.hr.tolist()[0] == 0 and none.hr[1:].isna().all()
+    with pytest.raises(ValueError, match="k must lie between 1 and the lists' 2 places"):
+        metrics.accuracy_by_group([[0, 1]], [0], counts, k=3, n_groups=2)
+
+
+def test_exposure_by_name():
+    assert metrics.exposure_by_name(["b", "b"], ["a", "b"]).tolist() == [0, 2]
+    with pytest.raises(ValueError, match="1 titles are not in the catalogue, such as 'c'"):
+        metrics.exposure_by_name(["b", "c"], ["a", "b"])
+
+
+def test_shares_do_not_leave_their_range_with_two_trainings(shop):
+    counts, titles, _ = shop
+    targets = np.arange(120) % 40
+    right = np.argsort(np.arange(160) != targets[:, None], axis=1, kind="stable")[:, :10]
+    nearly = right.copy()
+    nearly[:10] = np.arange(140, 150)
+    both = metrics.evaluate([right, nearly], targets, counts, titles, n_bootstrap=300)
+    assert max(both[f"{name}@10_hi"] for name in ("hr", "ndcg")) == 1
+    for wrong in ({"slots": 0}, {"slots": -1}, {"ks": ()}):
+        with pytest.raises(ValueError, match="one k at least, and slots above 0"):
+            metrics.evaluate(right, targets, counts, titles, n_bootstrap=0, **wrong)
 
 
 def test_trainings_are_averaged_and_widen_the_intervals(shop):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
     PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM,
@@ -254,6 +254,17 @@ def test_a_prompt_of_ones_own_replaces_header_and_footer():
     assert catalogue.footer == [] and catalogue.eos is None
     np.testing.assert_array_equal(catalogue.trie.item_leaf, data.item_leaves(TITLES))
     assert lm.config.vocab_size == len(tokenizer)
+
+
+def test_what_a_tokenizer_puts_around_a_text_stays_out_of_a_prompt(tmp_path, bpe):
+    llama(len(bpe)).save_pretrained(tmp_path)
+    bpe.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> $A <eos>", special_tokens=[("<eos>", bpe.eos_token_id)])
+    bpe.save_pretrained(tmp_path)
+    for cut in (False, True):
+        own = TrainSettings(frozen_layers=0, tuned_layers=0, cut_vocabulary=cut)
+        _, tokenizer, catalogue = model.open_backbone(own, TEXTS[:5], path=tmp_path, prompt="Toy Story\n")
+        assert tokenizer.decode(catalogue.context([])) == "Toy Story\n"
 
 
 def test_open_backbone_cuts_layers_and_vocabulary_of_a_folder(tmp_path, bpe):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
 from flowerlib import model as models
 from flowerlib import tree
@@ -215,10 +215,45 @@ def test_scores_that_are_no_numbers_end_in_a_sentence():
     torch.nn.init.constant_(model.lm_head.weight, torch.nan)
     ids, length = right_padded([catalogue.context([0])])
     with pytest.raises(ValueError, match="scores are NaN"):
-        tree.sample_leaves(Prompts(model, catalogue.trie, ids, length[:, None]))
+        Prompts(model, catalogue.trie, ids, length[:, None])
+    with pytest.raises(ValueError, match="scores are NaN"):
+        beam_search(model, catalogue, [[0]], [Beams(3)])
+
+
+def test_a_tree_behind_a_prompt_must_fit_the_context():
+    model, catalogue = tiny_world("sequence")
+    limit = models.context_limit(model)
+    with pytest.raises(ValueError, match=f"have {limit + 1} tokens and the model reads {limit}"):
+        PackedTree(model, catalogue.trie, [0] * (limit + 1 - catalogue.trie.max_depth))
 
 
 # beams
+
+
+class TrieLogitsProcessor(LogitsProcessor):
+    """Masks every token that does not continue a title, for transformers' `generate`.
+
+    Where nothing continues it allows ⊤ alone: give `generate` eos_token_id=terminator, to stop where titles end.
+
+    Args:
+        prompt_length: columns of input_ids that hold the prompt.
+        blocked: (n_prompts, n_nodes) bool, nodes that a prompt may not enter, or None.
+    """
+
+    def __init__(self, trie, prompt_length, terminator, blocked=None):
+        self.trie, self.prompt_length, self.terminator, self.blocked = trie, prompt_length, terminator, blocked
+
+    def __call__(self, input_ids, scores):
+        nodes = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+        for column in range(self.prompt_length, input_ids.shape[1]):
+            nodes = self.trie.advance(nodes, input_ids[:, column])
+        allowed = self.trie.allowed_mask(nodes, scores.shape[-1])
+        if self.blocked is not None:
+            rows, children = self.trie.children(nodes)
+            barred = self.blocked[rows // (len(nodes) // len(self.blocked)), children]
+            allowed[rows[barred], self.trie.token[children[barred]]] = False
+        allowed[:, self.terminator] |= ~allowed.any(-1)
+        return scores.masked_fill(~allowed, -torch.inf)
 
 
 @pytest.mark.parametrize("renormalised", [False, True])
@@ -286,7 +321,7 @@ def test_beams_equal_transformers_generate_under_the_mask(world, normalised):
         length_penalty=float(normalised), early_stopping="never", eos_token_id=catalogue.terminator,
         pad_token_id=catalogue.terminator, return_dict_in_generate=True, output_scores=True,
     )
-    processor = tree.TrieLogitsProcessor(catalogue.trie, ids.shape[1], catalogue.terminator, blocked)
+    processor = TrieLogitsProcessor(catalogue.trie, ids.shape[1], catalogue.terminator, blocked)
     out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=[processor])
     search = Beams(6, length_normalised=normalised)
     [(_, scores)] = beam_search(model, catalogue, [[0], [3, 4, 1]], [search])
@@ -295,7 +330,7 @@ def test_beams_equal_transformers_generate_under_the_mask(world, normalised):
 
 def test_a_finished_or_lost_beam_may_only_end(world):
     _, catalogue = world
-    processor = tree.TrieLogitsProcessor(catalogue.trie, 0, catalogue.terminator)
+    processor = TrieLogitsProcessor(catalogue.trie, 0, catalogue.terminator)
     sequence = catalogue.sequences[0]
     lost = [catalogue.terminator] + sequence[1:]
     scores = processor(torch.tensor([sequence, lost]), torch.zeros(2, 200))

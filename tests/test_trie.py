@@ -407,6 +407,7 @@ def test_paths_are_the_prefixes_of_a_prefix(catalogue):
     for prefix, path in zip(prefixes, paths.tolist(), strict=True):
         way = [number[prefix[: n + 1]] for n in range(len(prefix))]
         assert path == way + [-1] * (trie.max_depth - len(way))
+    assert trie.paths(torch.tensor([-1])).tolist() == [[-1] * trie.max_depth]
 
 
 # errors
