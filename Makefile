@@ -16,7 +16,7 @@ reproduce: .venv/ready
 	$(REPRODUCE) --profile $(PROFILE) --out $(OUT) $(GIVEN)
 
 study: .venv/ready
-	$(REPRODUCE) --profile study --out runs/study$(addprefix -,$(notdir $(DATA))) $(GIVEN) $(if $(DATA),-p data_path='$(DATA)') \
+	$(REPRODUCE) --profile study --out runs/study$(addprefix -,$(notdir $(DATA:/=))) $(GIVEN) $(if $(DATA),-p data_path='$(DATA)') \
 	  $(addprefix --only ,01_prepare_the_data 02_train_sft 03_train_flower 04_bias_and_diversity 07_which_title_next) \
 	  $(if $(DATA),,--only 05_fit_a_known_distribution)
 

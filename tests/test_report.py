@@ -45,6 +45,7 @@ def test_the_verdict_by_hand():
     assert lines[1][2:] == ["a: 0.200 → 0.100, difference -0.100 [-0.150, -0.050]; "
                             "b: 0.200 → 0.100, difference 0.100 [0.050, 0.150]", "a: borne out; b: contradicted"]
     assert [line[-1] for line in lines[2:]] == ["undecided", "undecided", "not tested", "not tested"]
+    assert cells(report.verdict_table([fit[3], fit[0] | {"n_titles": 10**6}], {}))[1][-1] == "not tested"
     alone = [line[-1] for line in cells(report.verdict_table([], {"b": [sft, bad]}))[1:]]
     assert alone == ["not tested", "contradicted", "undecided", "undecided", "not tested", "not tested"]
     once = cells(report.verdict_table([], {"b": [sft, bad | {"trainings": 1}]}))[2]

@@ -312,10 +312,11 @@ def test_misspelt_parameters_and_profiles_are_errors(dry, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make here")
-def test_make_hands_on_values_with_spaces(monkeypatch):
+@pytest.mark.parametrize("folder", ["data/shop", "data/shop/"])
+def test_make_hands_on_values_with_spaces(monkeypatch, folder):
     given = "PARAMETERS=n_seeds=3 category='video game' sweep='[[-0.5, 0.1]]'"
     alone = {name: value for name, value in os.environ.items() if name[:4] != "MAKE"}  # `make test` is a make too
-    make = ["make", "-n", "study", "DATA=data/shop", given]
+    make = ["make", "-n", "study", f"DATA={folder}", given]
     printed = subprocess.run(make, cwd=store.ROOT, env=alone, capture_output=True, text=True).stdout
     command = shlex.split(printed.partition("flowerlib.lab.reproduce")[2].replace("\\\n", " "))
     calls = []
@@ -325,7 +326,17 @@ def test_make_hands_on_values_with_spaces(monkeypatch):
         reproduce.main()
     profile, out, overrides, names, _ = calls[0]
     assert (profile, out, len(names)) == ("study", "runs/study-shop", 5)
-    assert overrides == {"n_seeds": 3, "category": "video game", "sweep": [[-0.5, 0.1]], "data_path": "data/shop"}
+    assert overrides == {"n_seeds": 3, "category": "video game", "sweep": [[-0.5, 0.1]], "data_path": folder}
+
+
+def test_notebooks_run_in_their_order_however_they_are_named(monkeypatch):
+    calls = []
+    named = ["--only=07_which_title_next", "--only=02_train_sft", "--only=01_prepare_the_data"]
+    monkeypatch.setattr(sys, "argv", ["reproduce", *named])
+    monkeypatch.setattr(reproduce, "reproduce", lambda *args: calls.append(args) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reproduce.main()
+    assert calls[0][3] == [PREPARE, SFT, reproduce.COMPARISON]
 
 
 def test_values_are_looked_at_before_anything_runs(dry):

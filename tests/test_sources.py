@@ -331,6 +331,13 @@ def test_recbole_with_two_title_columns_takes_the_films(tmp_path):
         sources.read_recbole(recbole(tmp_path, item="item_id:token\titem_id:token\ttitle:token_seq\n1\t1\tx\n"))
 
 
+def test_recbole_keeps_years_and_fractions_of_seconds_as_pandas_writes_them(tmp_path):
+    item = "item_id:token\tmovie_title:token_seq\trelease_year:token\n10\tHeat\t1995.0\n20\tHeat\t1972.0\n"
+    items, interactions = sources.read_recbole(recbole(tmp_path, item=item, inter=RATES + "1\t10\t1.5\n1\t20\t1.2\n"))
+    assert items.title.tolist() == ["Heat (1995)", "Heat (1972)"]
+    assert interactions.timestamp.tolist() == [1.5, 1.2]
+
+
 # --- bad input ---
 
 

@@ -62,7 +62,7 @@ def test_batches_of_like_lengths_hold_every_row_and_go_on_where_they_were():
     assert sum(widest) < 0.8 * sum(in_order)  # a fifth less padding
 
 
-def test_the_trunk_is_run_again_for_other_rows_or_weights_and_only_then(tmp_path):
+def test_the_trunk_is_run_again_for_other_rows_or_weights_or_afresh_and_only_then(tmp_path, monkeypatch):
     model, catalogue = world()
     trunk, _ = models.split_layers(model.eval(), 1)
     ran = []
@@ -77,6 +77,8 @@ def test_the_trunk_is_run_again_for_other_rows_or_weights_and_only_then(tmp_path
         trunk.get_input_embeddings().weight[5] += 1
     assert run(TARGETS[::-1]) == 3
     assert len(list(tmp_path.iterdir())) == 3  # what was made stays
+    monkeypatch.setenv(store.FRESH, str(time.time() + 1))
+    assert run(TARGETS[::-1]) == 4
 
 
 def test_a_full_disk_is_seen_before_the_trunk_runs(tmp_path, monkeypatch):
@@ -310,6 +312,20 @@ def test_the_trainer_validates_the_same_twice(tmp_path, paths):
         found.append([values[name] for name in names])
     assert found[0] == found[1] and found[0][2] > 0
     assert found[0][0] == pytest.approx(0.7 * found[0][1] + 0.3 * found[0][2], rel=1e-5)
+
+
+def test_validation_is_the_mean_over_all_terms_whatever_the_batches(tmp_path):
+    model, catalogue = world()
+    rows, loss = train.validation_rows(catalogue, tables_of(), TrainSettings(validation_rows=0)), objective(catalogue)
+    with torch.no_grad():
+        whole = loss(model.eval(), train.collate([rows[i] for i in range(len(rows))]))
+    for device_batch in (1, 2):
+        arguments = training.trainer_arguments(replace(TINY, device_batch=device_batch), tmp_path, 8)
+        found = training.FlowerTrainer(model, arguments, eval_dataset=rows, objective=loss).evaluate()
+        for name, (mean, _) in whole.items():
+            assert found[f"eval_{name}"] == pytest.approx(mean.item(), rel=1e-4)
+        total = loss.total({name: mean for name, (mean, _) in whole.items()}).item()
+        assert found["eval_loss"] == pytest.approx(total, rel=1e-4)
 
 
 def test_lora_is_merged_into_the_saved_model(tmp_path):

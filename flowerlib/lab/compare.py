@@ -98,6 +98,7 @@ class Comparison:
             log_p = self.preference.after([self.item_leaf[history].tolist() for history in histories])
             self.users[part] = Users(histories, [seen_by_row[i] for i in one_each], self.item_leaf[targets], log_p)
         self.sources: list[Mapping[str, Any]] = []
+        self._catalogues: dict[str, Catalogue] = {}
         self._open: tuple[Contender, PreTrainedModel, Catalogue, Path] | None = None
 
     def seen_leaves(self, users: Users) -> list[list[int]]:
@@ -156,14 +157,15 @@ class Comparison:
         return sources.open_backbone(own, self.tables.items.title.tolist())
 
     def _rows(self, contender: Contender) -> Rows:
-        return training_rows(self._catalogue, self._tables(contender), contender.settings)
+        return training_rows(self._catalogue(contender.settings), self._tables(contender), contender.settings)
 
-    @cached_property
-    def _catalogue(self) -> Catalogue:
-        return self._backbone(self.settings).catalogue
+    def _catalogue(self, own: Settings) -> Catalogue:
+        if own.rows not in self._catalogues:  # of which prompts and separators depend
+            self._catalogues[own.rows] = self._backbone(own).catalogue
+        return self._catalogues[own.rows]
 
     def _inputs(self, contender: Contender) -> dict[str, Any]:
-        given = inputs(self._catalogue, self.tables, contender.settings, self.preference)  # weights by all rows
+        given = inputs(self._catalogue(self.settings), self.tables, contender.settings, self.preference)  # weights by all rows
         return given | {"tables": self._tables(contender)}
 
     def origin(self, contender: Contender) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def verdict_table(fit: Sequence[Mapping[str, Any]], studies: Mapping[str, Sequen
     fit: rows of notebook 05 (medians over seeds). studies: data → rows of notebook 07."""
     words = {True: "borne out", False: "contradicted", None: "undecided"}
     ours, found, of = [], {}, pd.DataFrame(row for row in fit if (row["target"], row["paths"]) == ("counts", "reward"))
-    if len(of) and {"sft", "subtb"} <= {*of.method}:
-        small = of[(of.n_titles == of.n_titles.min()) & (of.budget == of.budget.min())]
+    small = of[(of.n_titles == of.n_titles.min()) & (of.budget == of.budget.min())] if len(of) else of
+    if len(of) and {"sft", "subtb"} <= {*small.method}:
         median = small.groupby("method")[["kl_target_model", "catalogue_mass"]].median()
         kl, mass = (median.loc[["sft", "subtb"], name].tolist() for name in median)
         ours = ["{} → {} on the tree; mass on the titles {} → {}".format(*map(_text, kl + mass))]

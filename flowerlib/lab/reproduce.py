@@ -38,8 +38,8 @@ READS = {name: NOTEBOOKS[:i] for i, name in enumerate(NOTEBOOKS)}  # notebooks w
 READS |= {COMPARISON: NOTEBOOKS[:1], EXPLORERS: (*NOTEBOOKS, COMPARISON)}
 FOLDER = store.ROOT / "notebooks"
 BENCH = store.ROOT / "runs" / "bench.json"  # what `make bench` writes and notebook 08 reads
-BESIDE = {SPEED: (BENCH,), EXPLORERS: (FOLDER / "explorers.py",)}  # files that a notebook reads or imports
 TIMES = store.ROOT / "figures"  # holds the times of published runs
+BESIDE = {SPEED: (BENCH, TIMES / "08_bench.json"), EXPLORERS: (FOLDER / "explorers.py",)}  # files that a notebook reads
 
 
 class NotebookError(RuntimeError):
@@ -168,7 +168,7 @@ def _state(path: str | Path) -> list[Any]:
 
 def _outputs(folder: Path, name: str) -> str:
     """A name for what a notebook left: itself, results, figures; of 01 to 03, mark, tables and training of the step."""
-    paths = [*sorted(folder.glob(f"results/{name[:2]}_*.json")), *sorted(folder.glob(f"figures/{name[:2]}_*.png"))]
+    paths = [*sorted(folder.glob(f"results/{name[:2]}_*")), *sorted(folder.glob(f"figures/{name[:2]}_*.png"))]
     paths.append(folder / "notebooks" / name)
     for mark in (folder / step / "settings.json" for step, notebook in runs.STEPS.items() if notebook == name):
         paths += [mark, *sorted(mark.parent.glob("*.parquet"))]
@@ -220,7 +220,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # of the notebooks: waiting threads soon sleep
-    names = [f"{name}.ipynb" for name in args.only or ()] or NOTEBOOKS
+    names = [f"{name}.ipynb" for name in stems if name in (args.only or ())] or NOTEBOOKS
     try:
         folder = reproduce(args.profile, args.out, dict(args.parameter), names, args.fresh)
         if NOTEBOOKS[-1] in names:

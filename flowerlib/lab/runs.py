@@ -26,7 +26,7 @@ def output_dir(profile: str, out: str | None) -> Path:
     """The folder of a run: `out`, or runs/<profile>; a relative path counts from the project's root. Raises ValueError:
     unknown profile; the root itself (such as ""), where other notebooks and data lie; a folder that cannot be made."""
     settings(profile)
-    path = store.ROOT / (f"runs/{profile}" if out is None else str(out))
+    path = store.ROOT / Path(f"runs/{profile}" if out is None else str(out)).expanduser()
     if path.resolve() == store.ROOT.resolve():
         raise ValueError(f"OUT is {str(out)!r}, the project's own folder: name another, or leave it out")
     try:

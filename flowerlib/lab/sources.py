@@ -279,13 +279,13 @@ def _dataset(item: Path, items: pd.DataFrame, inter: Path, interactions: pd.Data
     _refuse(~interactions.item_id.isin(items.item_id), inter, f"item {{}} is not in {item.name}", interactions.item_id)
     times = pd.to_numeric(interactions.timestamp, errors="coerce")
     _refuse(~(times.abs() < 2**62), inter, "timestamp {} is no number of seconds", interactions.timestamp)
-    interactions["timestamp"] = times.astype(np.int64)
+    interactions["timestamp"] = times.astype(np.int64) if (times % 1 == 0).all() else times
     if "year" in items:
         unknown = items.item_id[titles.str.casefold().isin(("unknown", "unkonwn"))]
         for name in unknown:
             print(f"dropped item {name}, of unknown title, and its {(interactions.item_id == name).sum()} ratings")
         parts = titles.str.extract(_YEAR)
-        years = items.year.where(items.year.str.fullmatch(r"\d{4}"), parts[1])
+        years = items.year.str.extract(r"^(\d{4})(?:\.0)?$")[0].fillna(parts[1])
         titles = parts[0].mask(parts[0].fillna("").map(is_blank)).fillna(titles).map(move_article)
         remade = years.notna() & (years.groupby(titles).transform("nunique") > 1)
         titles = titles.where(~remade, titles + " (" + years + ")")

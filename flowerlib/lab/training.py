@@ -50,7 +50,7 @@ def run_trunk(rows: Rows, trunk: PreTrainedModel, folder: Path, name: str, batch
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{store.digest(rows.start, *rows.input_ids, *trunk.parameters())}.npy"
     shape = (int(rows.start[-1]), trunk.config.hidden_size)
-    if not path.exists():
+    if store.outdated(path):
         _check_room(folder, 2 * shape[0] * shape[1])  # a memory-mapped file that outgrows the disk kills the process
         with store.atomic(path) as new:
             out = np.lib.format.open_memmap(new, mode="w+", dtype=np.float16, shape=shape)
@@ -107,21 +107,29 @@ class FlowerTrainer(Trainer):
                      **_: Any) -> Any:
         parts = {}
         for name, (mean, weight) in self.objective(model, inputs).items():
+            term = mean.detach(), weight.float()
             if (n := self.accelerator.num_processes) > 1:  # their average is then the mean over the terms of all
                 mean = mean * weight * n / self.accelerator.reduce(weight.float(), "sum")
             parts[name] = mean
-            self._parts.setdefault(name if model.training else f"eval_{name}", []).append(mean.detach())
+            term = torch.stack((mean.detach(), torch.ones_like(mean)) if model.training else term)
+            self._parts.setdefault(name if model.training else f"eval_{name}", []).append(term)
         loss = self.objective.total(parts)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the parts of the loss, averaged since the last log, to transformers' own record."""
+        """Adds the parts of the loss to transformers' own record: their mean over the steps since the last log, or over
+        the terms of all validation rows; there the loss is made of them too, as batches differ in their terms."""
         prefix = "eval_" if "eval_loss" in logs else ""
         for key in [k for k in self._parts if k.startswith("eval_") == bool(prefix)]:
-            logs[key] = float(self.accelerator.reduce(torch.stack(self._parts.pop(key)).mean(), "mean"))
+            mean, weight = torch.stack(self._parts.pop(key)).unbind(1)
+            total, terms = self.accelerator.reduce(torch.stack([mean @ weight, weight.sum()]), "sum").tolist()
+            logs[key] = total / terms
             if not np.isfinite(logs[key]):
                 raise ValueError(f"{key} is {logs[key]} at step {self.state.global_step}: lower learning_rate, or set "
                                  "bfloat16 to False")
+        if prefix:
+            logs["eval_loss"] = self.objective.total({key: logs[f"eval_{key}"] for key in ("sft", "flow")
+                                                      if f"eval_{key}" in logs})
         super().log(logs, *args, **kwargs)
 
 
