@@ -84,7 +84,7 @@ def test_theme_is_legible_and_is_the_only_one_to_change_settings():
     ("training_curves", "2.25 (step 3)"),
     ("flow_tree", "3 titles"),
     ("metric_intervals", "0.06 (SFT, beam) to 0.08 (Flower, beam)"),
-    ("frontier", "Most accurate: Flower (HR@10 0.080, DGU 0.82); fairest: Flower"),
+    ("frontier", "Most accurate: Flower (HR@10 0.080, DGU 0.820); fairest: Flower"),
     ("ratios", "1 of 2 ratios keep their bound"),
 ])
 def test_titles_read_the_data(name, said, axes):

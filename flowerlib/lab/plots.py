@@ -37,9 +37,9 @@ LEAST_KL = 1e-6  # where the axes of the fits end
 METRIC_LABELS = {
     "dgu": "DGU (share of slots; 0 = as in the history)",
     "mgu": "MGU (share of slots; 0 = as in the history)",
-    "mgu_next": "MGU against the next choices (share of slots)",
-    "top_vs_history": "top group: share of slots minus share of the history",
-    "top_vs_next": "top group: share of slots minus share of the next choices",
+    "mgu_next": "MGU against the next choices (share of slots; 0 = as chosen next)",
+    "top_vs_history": "excess over the history (most popular eighth: share of slots − of interactions)",
+    "top_vs_next": "excess (most popular eighth: share of slots − of next choices)",
     "arp": "ARP (interactions per slot's title)",
     "aplt": "APLT (tail's share of slots; 0.2 = as in the history)",
     "h_bits": "H (bits per word)",
@@ -199,7 +199,7 @@ def flow_tree(
     line = "share r of the flow" if model is None else "token reward r | model's π"
     return _dressed(axes, title or f"A flow of {values[0]:.3g} leaves the root and ends in {len(leaves)} titles",
                     xlim=(-0.35, depth.max() + 0.4), ylim=(len(leaves) - 0.4, -0.6), yticks=[],
-                    xticks=range(depth.max() + 1), xlabel=f"tokens so far (box: token and flow; line: {line})")
+                    xticks=range(depth.max() + 1), xlabel=f"tokens so far (box: token and flow, ⊤ ends a title; line: {line})")
 
 
 def fitted(axes: Axes, log_target: ArrayLike, log_model: ArrayLike, name: str, title: str = "") -> Axes:
@@ -271,16 +271,18 @@ def frontier(axes: Axes, rows: Rows, accuracy: str, unfairness: str = "dgu", tit
         varying = [key for key in SYMBOLS if len({row.get(key) for row in own}) > 1]
         own.sort(key=lambda row: [row.get(key, 0) for key in varying])
         axes.plot([row[unfairness] for row in own], [row[accuracy] for row in own], marker=marker, color=colour,
-                  linestyle=line if len(varying) == 1 else "", label=name, markersize=9)
+                  linestyle=line if len(varying) == 1 else "", label=name, markersize=9,
+                  zorder=2.5 if len(own) == 1 else 2)
         for row in own if varying else ():
             axes.annotate(", ".join(SYMBOLS[key].format(row[key]) for key in varying), (row[unfairness], row[accuracy]),
-                          xytext=(0, 9), textcoords="offset points", ha="center", va="bottom", fontsize=11)
+                          xytext=(0, 9), textcoords="offset points", ha="center", va="bottom", fontsize=11,
+                          bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0})
     axes.margins(y=0.12)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     best, fairest = max(rows, key=lambda row: row[accuracy]), min(rows, key=lambda row: row[unfairness])
     head = (f"Most accurate: {best['method']} ({accuracy.upper()}\xa0{best[accuracy]:.3f}, "
-            f"{METRIC_LABELS[unfairness].split()[0]}\xa0{best[unfairness]:.2f}); fairest: {fairest['method']} "
-            f"({fairest[accuracy]:.3f}, {fairest[unfairness]:.2f})")
+            f"{METRIC_LABELS[unfairness].split()[0]}\xa0{best[unfairness]:.3f}); fairest: {fairest['method']} "
+            f"({fairest[accuracy]:.3f}, {fairest[unfairness]:.3f})")
     return _dressed(axes, title or head, xlabel=METRIC_LABELS[unfairness], ylabel=accuracy.upper(), xlim=(0, None))
 
 
@@ -299,6 +301,8 @@ def metric_intervals(axes: Axes, rows: Rows, metric: str, title: str = "") -> Ax
         spread = [[value - row.get(f"{metric}_lo", value)], [row.get(f"{metric}_hi", value) - value]]
         axes.errorbar(value, i, xerr=spread, color=colour, fmt=marker, markerfacecolor="white" if hollow else colour,
                       capsize=5, markersize=9, elinewidth=2.2, markeredgewidth=2)
+    if metric.startswith("top_"):
+        axes.axvline(0, color=STYLES[0][0], linewidth=1)
     label = METRIC_LABELS.get(metric, metric.upper())
     low, high = (f"{values[i]:.3g} ({names[i]})" for i in (np.argmin(values), np.argmax(values)))
     head = f"{label.split(' (')[0]} from {low} to {high}".replace("\n", " ")
@@ -325,10 +329,10 @@ def ratios(axes: Axes, rows: Rows, title: str = "") -> Axes:
     for i, row in enumerate(rows):
         colour, _, marker, _ = STYLES[3 if row in missed else 2 if row in bounded else 0]
         spread = [[row["ratio"] - row.get("least", row["ratio"])], [row.get("most", row["ratio"]) - row["ratio"]]]
-        axes.errorbar(row["ratio"], i, xerr=spread, color=colour, fmt=marker, capsize=4, markersize=8)
+        axes.errorbar(row["ratio"], i, xerr=spread, color=colour, fmt=marker, capsize=4, markersize=5)
         if row in bounded:
             axes.plot(row["bound"], i, "|", color=STYLES[0][0], markersize=18, markeredgewidth=2.5)
     axes.axvline(1, color=STYLES[0][0], linewidth=1)
     head = f"{len(bounded) - len(missed)} of {len(bounded)} ratios keep their bound (upright strokes)"
-    return _dressed(axes, title or head, rows=[textwrap.fill(row["name"].split(" / ")[0], 46) for row in rows],
-                    xscale="log", xlabel="time of ours / time of the other way (log scale)")
+    return _dressed(axes, title or head, rows=[textwrap.fill(row["name"], 52) for row in rows],
+                    xscale="log", xlabel="ours / the other way (log scale; black: no bound)")
