@@ -170,9 +170,9 @@ def seen_positions(tables: Tables, part: str) -> list[list[int]]:
 def sequences(train: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """The users' training sequences, put together from their rows: (n,) item ids and (m+1,) offsets.
     A row continues an earlier row if that one's history + target, cut to the longest history of the table, is its own
-    history: the earliest such row, of the same user where user_id is there, that no other row continues. `a → b` and `a, b → c` become a, b, c. Users' rows
-    may be mixed, but each user's must stand in the order of time. Where histories are the last max_history items and no row is missing, every
-    interaction appears once."""
+    history: the earliest such row, of the same user where user_id is there, that no other row continues. `a → b` and
+    `a, b → c` become a, b, c. Users' rows may be mixed, but each user's must stand in the order of time. Every
+    interaction appears once, if histories are the last max_history items and no row is missing."""
     flat, offsets = histories(train)
     codes, ids = pd.factorize(np.r_[flat, train.target.to_numpy()])
     past, following = (part.astype(np.int32).tobytes() for part in np.split(codes, [len(flat)]))

@@ -82,7 +82,7 @@ def slot_table(recommendations: ArrayLike, targets: ArrayLike, titles: Sequence[
 
 def exposure_by_name(recommended: Sequence[str], names: Sequence[str]) -> Ints:
     """Number of slots that each name fills, (len(names),), in a plain list of titles or ids recommended by any system.
-    The names are distinct. Raises ValueError if a recommended one is not among them: the message counts them and shows three."""
+    The names are distinct. Raises ValueError if a recommended one is not among them: it counts and shows them."""
     place = {name: i for i, name in enumerate(names)}
     unknown = sorted(set(recommended) - place.keys())
     if unknown:

@@ -121,7 +121,8 @@ def open_backbone(settings: "TrainSettings", titles: Sequence[str], path: str | 
         _set_embeddings(model, torch.arange(model.config.vocab_size))
     catalogue = Catalogue.build(tokenizer, titles, settings.category, settings.rows)
     if prompt is not None:
-        catalogue = replace(catalogue, header=tokenizer(prompt, add_special_tokens=False).input_ids, footer=[], eos=None)
+        header = tokenizer(prompt, add_special_tokens=False).input_ids
+        catalogue = replace(catalogue, header=header, footer=[], eos=None)
     return Backbone(model.eval(), tokenizer, catalogue)
 
 

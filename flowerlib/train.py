@@ -37,8 +37,8 @@ def setting(default: Any, **limits: Any) -> Any:
 def checked(name: str, value: Any, default: Any, low: float = 0, high: float = 10**9, choices: Sequence = ()) -> Any:
     """The value of a setting, of its default's type: a list becomes a tuple, a whole number may stand for a float.
 
-    Raises ValueError for another type, a number that is not from low to high (as infinity and NaN never are), fewer than
-    low choices, what is none of the choices, and text that is blank or of several lines, unless the default is.
+    Raises ValueError for another type, a number that is not from low to high (as infinity and NaN never are), fewer
+    than low choices, what is none of the choices, and text that is blank or of several lines, unless the default is.
     """
     kind, many = type(default), type(default) is tuple
     if many and isinstance(value, (list, tuple)):  # lists in JSON and notebooks

@@ -204,7 +204,7 @@ def test_one_target_rows_get_equally_many_tokens(comparison):
         contender = comparison.one_target(method, tokens)
         assert comparison.forward_tokens(contender) == pytest.approx(tokens, rel=1e-3)
         catalogue = comparison._backbone(contender.settings).catalogue  # of the training: its prompts are longer
-        n = train.training_rows(catalogue, comparison.tables, contender.settings).start[-1]
+        n = train.training_rows(catalogue, comparison._tables(contender), contender.settings).start[-1]
         assert comparison.forward_tokens(contender) == round(contender.settings.epochs * n)
         few = comparison.one_target(method, 1000)
         assert few.settings.epochs == 1 and 1000 <= comparison.forward_tokens(few) < 1200  # to a row

@@ -165,8 +165,8 @@ class Comparison:
         return self._catalogues[own.rows]
 
     def _inputs(self, contender: Contender) -> dict[str, Any]:
-        given = inputs(self._catalogue(self.settings), self.tables, contender.settings, self.preference)  # weights by all rows
-        return given | {"tables": self._tables(contender)}
+        given = inputs(self._catalogue(self.settings), self.tables, contender.settings, self.preference)
+        return given | {"tables": self._tables(contender)}  # weights are by all rows
 
     def origin(self, contender: Contender) -> dict[str, Any]:
         """What `training.finetune` knows the contender's training by."""
