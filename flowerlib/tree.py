@@ -204,7 +204,7 @@ class PackedTree:
 @torch.no_grad()
 def sample_leaves(prompts: Prompts) -> Tensor:
     """Draws a title for each group of the prompts from the model renormalised over the children of each node: (B, P)
-    leaf nodes. Its paths go through the model packed behind the rows, as long as one can fork."""
+    leaf nodes. Its paths go through the model packed behind the rows, while one can fork. ValueError: NaN scores."""
     trie, branch = prompts.trie, prompts.branch
     nodes, logits = torch.zeros_like(branch).flatten(), prompts.logits
     while True:
@@ -212,6 +212,8 @@ def sample_leaves(prompts: Prompts) -> Tensor:
         scores = logits.flatten(0, 1)[rows, trie.token[children]].float()
         noisy = scores - torch.empty_like(scores).exponential_().log()  # Gumbel noise: the argmax is a sample
         best = torch.full((len(nodes),), -torch.inf, device=scores.device).scatter_reduce(0, rows, noisy, "amax")
+        if best.isnan().any():
+            raise ValueError("the model's scores are NaN, so that no title can be drawn: lower learning_rate")
         drawn = noisy == best[rows]
         nodes = nodes.index_copy(0, rows[drawn], children[drawn])
         if not trie.forks[nodes].any():

@@ -218,6 +218,11 @@ def test_scores_that_are_no_numbers_end_in_a_sentence():
         Prompts(model, catalogue.trie, ids, length[:, None])
     with pytest.raises(ValueError, match="scores are NaN"):
         beam_search(model, catalogue, [[0]], [Beams(3)])
+    fine, catalogue = tiny_world("sequence")
+    prompts = Prompts(fine, catalogue.trie, ids, length[:, None].expand(1, 20))
+    prompts.model = lambda **given: model(**given)  # NaN behind a prompt that is none
+    with pytest.raises(ValueError, match="scores are NaN"):
+        tree.sample_leaves(prompts)
 
 
 def test_a_tree_behind_a_prompt_must_fit_the_context():

@@ -198,9 +198,8 @@ def flow_tree(
     axes.grid(False)
     line = "share r of the flow" if model is None else "token reward r | model's π"
     return _dressed(axes, title or f"A flow of {values[0]:.3g} leaves the root and ends in {len(leaves)} titles",
-                    xlim=(-0.35, depth.max() + 0.4), ylim=(len(leaves) - 0.4, -0.6), yticks=[],
-                    xticks=range(depth.max() + 1),
-                    xlabel=f"tokens so far (box: token and flow, ⊤ ends a title; line: {line})")
+                    xlim=(-0.35, depth.max() + 0.4), ylim=(len(leaves) - 0.4, -0.6), xticks=range(depth.max() + 1),
+                    yticks=[], xlabel=f"tokens so far (box: token and flow, ⊤ ends a title; line: {line})")
 
 
 def fitted(axes: Axes, log_target: ArrayLike, log_model: ArrayLike, name: str, title: str = "") -> Axes:
