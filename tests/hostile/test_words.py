@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -388,6 +389,12 @@ def test_the_lab_is_on_loopback_and_behind_a_token(tmp_path):
             address, token = here["url"], here["token"]
             assert token and address.startswith("http://127.0.0.1:")
             assert token in said  # for who has no browser
+            while True:  # it says so a moment before it listens
+                with suppress(ConnectionRefusedError):
+                    socket.create_connection(("127.0.0.1", here["port"]), timeout=2).close()
+                    break
+                assert time.monotonic() < end and server.poll() is None, said
+                time.sleep(0.1)
             for elsewhere in {"127.0.0.2", *socket.gethostbyname_ex(socket.gethostname())[2]} - {"127.0.0.1"}:
                 with pytest.raises(OSError):
                     socket.create_connection((elsewhere, here["port"]), timeout=2).close()
