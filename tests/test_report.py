@@ -163,7 +163,7 @@ def test_a_page_holds_all_notebooks_and_all_methods(smoke):
     assert report.headline(smoke) in page and "one seed. A tiny random model" in page
     results = page.split("01 · ")[0]
     table = cells(report.lists_table(runs.read_results(smoke / "results" / "04_bias_and_diversity.json")))
-    assert {"Popularity", "SFT", "Flower-KL"} == {line[0] for line in table[1:]}
+    assert {"Next choices", "Popularity", "SFT", "Flower-KL"} == {line[0] for line in table[1:]}
     assert all(f"<td>{cell}</td>" in results for line in table[1:] for cell in line)
 
 

@@ -100,7 +100,7 @@ def test_smoke_leaves_results_and_figures(smoke):
         assert document["rows"] and document["provenance"]["settings"]["profile"] == "smoke"
         assert {"versions", "device", "commit", "seconds", "made_at", "bfloat16"} <= document["provenance"].keys()
     rows = runs.read_results(smoke / "results" / MEASURE.replace(".ipynb", ".json"))
-    assert {row["method"] for row in rows} == {"Popularity", "SFT", "Flower-KL"} and len(rows) == 3
+    assert {row["method"] for row in rows} == {"Next choices", "Popularity", "SFT", "Flower-KL"} and len(rows) == 4
     assert len(list((smoke / "figures").glob("*.png"))) >= 5
     assert len(list((smoke / "preference").iterdir())) == 1
     methods = {folder.name.rsplit("-", 1)[0] for folder in trained(smoke)}
@@ -248,7 +248,7 @@ def test_a_whole_house_with_a_changed_docstring_trains_nothing_again(copy, tmp_p
     (copy / "flower" / "settings.json").unlink()
     (copy / "results" / "04_bias_and_diversity.json").write_text("{}")
     assert run("-m", "flowerlib.lab.reproduce").count("skipped") == 2  # with kernels as a user has them
-    assert len(runs.read_results(copy / "results" / "04_bias_and_diversity.json")) == 3
+    assert len(runs.read_results(copy / "results" / "04_bias_and_diversity.json")) == 4
     assert trained(copy) == before
 
 

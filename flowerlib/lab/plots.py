@@ -286,9 +286,10 @@ def frontier(axes: Axes, rows: Rows, accuracy: str, unfairness: str = "dgu", tit
     return _dressed(axes, title or head, xlabel=METRIC_LABELS[unfairness], ylabel=accuracy.upper(), xlim=(0, None))
 
 
-def metric_intervals(axes: Axes, rows: Rows, metric: str, title: str = "") -> Axes:
-    """One metric as point and 95% interval, one line a row: rows hold `metric`, `<metric>_lo`, `<metric>_hi`, method,
-    and decoding and seen where they differ. Intervals are over users, and trainings where a row holds several."""
+def metric_intervals(axes: Axes, rows: Rows, metric: str, title: str = "", of_next: float | None = None) -> Axes:
+    """One metric as point and 95% interval (over users, and trainings where a row holds several), one line a row: rows
+    hold `metric`, `<metric>_lo`, `<metric>_hi`, method, and decoding and seen where they differ. of_next: the metric of
+    the users' next choices."""
     varying = [key for key in ("method", "decoding", "seen") if len({row.get(key) for row in rows}) > 1] or ["method"]
     names = [", ".join("seen " * (key == "seen") + row.get(key, "") for key in varying) for row in rows]
     names = [name.replace("_", " ").replace(", seen", ",\nseen") for name in names]
@@ -301,13 +302,13 @@ def metric_intervals(axes: Axes, rows: Rows, metric: str, title: str = "") -> Ax
         spread = [[value - row.get(f"{metric}_lo", value)], [row.get(f"{metric}_hi", value) - value]]
         axes.errorbar(value, i, xerr=spread, color=colour, fmt=marker, markerfacecolor="white" if hollow else colour,
                       capsize=5, markersize=9, elinewidth=2.2, markeredgewidth=2)
-    if metric.startswith("top_"):
-        axes.axvline(0, color=STYLES[0][0], linewidth=1)
+    if (of_next := 0.0 if metric.startswith("top_") else of_next) is not None:
+        axes.axvline(of_next, color=STYLES[0][0], linestyle="--", linewidth=1.5)
+        axes.text(of_next, 0.02, " next choices", fontsize=11, transform=axes.get_xaxis_transform())
     label = METRIC_LABELS.get(metric, metric.upper())
     low, high = (f"{values[i]:.3g} ({names[i]})" for i in (np.argmin(values), np.argmax(values)))
     head = f"{label.split(' (')[0]} from {low} to {high}".replace("\n", " ")
-    return _dressed(axes, title or head, rows=names, xlabel=f"{label},\n95% interval",
-                    ylabel=", ".join(varying))
+    return _dressed(axes, title or head, rows=names, xlabel=f"{label},\n95% interval", ylabel=", ".join(varying))
 
 
 def bias_steps(axes: Axes, rows: Rows, title: str = "") -> Axes:

@@ -76,8 +76,7 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 class LikeLengths(LengthGroupedSampler):
-    """Rows of like length in one batch, a fifth less padding; random by seed and epoch, so that a run that resumes goes
-    on where it was, where transformers' own would draw its order anew."""
+    """Rows of like length in one batch; random by seed and epoch, so that a run that resumes goes on where it was."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
         super().__init__(batch_size, lengths=list(lengths))
