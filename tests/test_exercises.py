@@ -1,4 +1,4 @@
-"""Every exercise says "not attempted" as it stands, takes its answer in notebooks/solutions and refuses wrong ones."""
+"""Every exercise says "exercise not attempted yet" as it stands, takes its answer in notebooks/solutions and refuses wrong ones."""
 
 import ast
 import re
@@ -77,7 +77,7 @@ def test_solutions_pass_and_wrong_answers_are_refused_with_a_reason(path, copy, 
     assert len(re.findall("^refused: .{10}", out, re.MULTILINE)) == answers
     if path.stem != "00_follow_the_flow":
         as_it_stands = nbformat.read(copy / "notebooks" / f"{path.stem}.ipynb", as_version=4)
-        assert "".join(text(as_it_stands)).count("not attempted") == out.count("correct")
+        assert "".join(text(as_it_stands)).count("exercise not attempted yet") == out.count("correct")
 
 
 def test_every_exercise_has_a_stub_a_solution_and_a_wrong_answer():

@@ -201,6 +201,15 @@ def test_intervals_end_where_the_rows_say_from_the_top(axes):
     assert [end[0, 1] for end in ends] == [0, 1, 2, 3] and axes.yaxis_inverted()
     faces = [container.lines[0].get_markerfacecolor() for container in axes.containers]
     assert faces[1] == faces[3] == "white" and faces[0] != "white"
+    assert not axes.texts
+
+
+def test_a_line_shows_what_people_chose_next(axes):
+    plots.metric_intervals(axes, [row | {"dgu": 0.3} for row in ROWS], "dgu", of_next=0.1)
+    assert axes.lines[-1].get_xdata() == [0.1, 0.1] and axes.texts[-1].get_text().strip() == "next choices"
+    axes.clear()
+    plots.metric_intervals(axes, [row | {"top_vs_next": 0.3} for row in ROWS], "top_vs_next")
+    assert axes.lines[-1].get_xdata() == [0, 0] and axes.texts[-1].get_text().strip() == "next choices"
 
 
 def test_the_frontier_joins_points_that_differ_in_one_setting(axes):

@@ -302,7 +302,7 @@ def metric_intervals(axes: Axes, rows: Rows, metric: str, title: str = "", of_ne
         spread = [[value - row.get(f"{metric}_lo", value)], [row.get(f"{metric}_hi", value) - value]]
         axes.errorbar(value, i, xerr=spread, color=colour, fmt=marker, markerfacecolor="white" if hollow else colour,
                       capsize=5, markersize=9, elinewidth=2.2, markeredgewidth=2)
-    if (of_next := 0.0 if metric.startswith("top_") else of_next) is not None:
+    if (of_next := 0.0 if metric == "top_vs_next" else of_next) is not None:
         axes.axvline(of_next, color=STYLES[0][0], linestyle="--", linewidth=1.5)
         axes.text(of_next, 0.02, " next choices", fontsize=11, transform=axes.get_xaxis_transform())
     label = METRIC_LABELS.get(metric, metric.upper())
