@@ -1,4 +1,4 @@
-"""Every exercise says "exercise not attempted yet" as it stands, takes its answer in notebooks/solutions and refuses wrong ones."""
+"""Every exercise says that it is not attempted as it stands, takes its answer in notebooks/solutions, refuses others."""
 
 import ast
 import re
