@@ -1,4 +1,4 @@
-"""Every exercise says that it is not attempted as it stands, takes its answer in notebooks/solutions, refuses others."""
+"""Every exercise says that it is not attempted, takes its answer in notebooks/solutions and refuses wrong ones."""
 
 import ast
 import re
