@@ -46,6 +46,7 @@ def filled(page: str) -> str:
     short = [{key: value for key, value in row.items() if key not in report.SETTINGS}
              for row in studies["MovieLens-100K"] if row["method"] in SHORT and row["seen"] == "excluded"
              and row["decoding"] != "beam_normalised"]
+    depth = [row | {"method": f"{row['data']}, {row['model']}: {row['method']}"} for row in rows["07_depth"]]
     less = "decoding seen trainings HR@10 top_vs_history MGU_NEXT mgu ttr gini".split()
     cells = "flow reward alpha theta counts paths ndcg@10 dgu top_vs_next mgu_next h_bits distinct".split()
     tables = {
@@ -53,9 +54,8 @@ def filled(page: str) -> str:
         "design": report.markdown(rows["07_design"], cells),
         "results": report.lists_table(short, *less),
         **{mark: report.lists_table(of, "mgu", "ttr", "gini")
-           for mark, of in zip(("next", "video_games"), studies.values())},
-        "fit": report.fit_table(rows["05_fit_a_known_distribution"]),
-        "speed": report.speed_table(rows["08_bench"]),
+           for mark, of in [*zip(("next", "video_games"), studies.values()), ("depth", depth)]},
+        "fit": report.fit_table(rows["05_fit_a_known_distribution"]), "speed": report.speed_table(rows["08_bench"]),
         "timings": report.timing_table(store.read_json(FIGURES / "timings.json"), NOTEBOOKS)}
     for mark, table in tables.items():
         page = re.sub(rf"(?s)(?<=<!-- {mark} -->\n).*?(?=<!-- /{mark} -->)", lambda _: f"{table}\n", page)

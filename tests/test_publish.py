@@ -155,7 +155,7 @@ def test_the_pages_state_what_the_results_files_hold():
         assert publish.filled(text) == text, page
         assert not re.search(r"\bT\d\d\b|[A-Z]+-[A-Z]+-TEXT", text), f"{page}: a place that waits for a number"
     marks = re.findall(r"<!-- (\w+) -->\n", "".join(texts.values()))
-    assert sorted(marks) == ["design", "fit", "next", "results", "speed", "timings", "verdict", "video_games"]
+    assert sorted(marks) == ["depth", "design", "fit", "next", "results", "speed", "timings", "verdict", "video_games"]
     for name in store.read_json(publish.FIGURES / "timings_smoke.json"):
         line = rf"(?m)^\| \[?`{name.removesuffix('.ipynb')}`.*\| \d+ \|$"
         assert len(re.findall(line, texts[publish.FOLDER / "README.md"])) == 1, name
