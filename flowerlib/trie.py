@@ -191,13 +191,6 @@ class TitleTrie:
         before = counts.cumsum(0) - counts
         return rows, (first - before).index_select(0, rows) + torch.arange(len(rows), device=nodes.device)
 
-    def allowed_mask(self, nodes: Tensor, vocab_size: int) -> Tensor:
-        """(B,) nodes → (B, vocab_size) bool, True where a child follows; all False at a leaf and at -1."""
-        mask = torch.zeros(len(nodes), vocab_size, dtype=torch.bool, device=nodes.device)
-        rows, children = self.children(nodes)
-        mask[rows, self.token[children]] = True
-        return mask
-
     def paths(self, nodes: Tensor) -> Tensor:
         """(B,) nodes → (B, max_depth) the nodes on the way from the root (left out) down to each, then -1."""
         columns: list[Tensor] = []

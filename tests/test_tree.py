@@ -11,7 +11,7 @@ from flowerlib import model as models
 from flowerlib import tree
 from flowerlib.tree import Beams, PackedTree, Prompts, beam_search
 
-from tiny_world import TITLES, exact_log_probabilities, finished_training, tiny_world
+from tiny_world import TITLES, allowed_mask, exact_log_probabilities, finished_training, tiny_world
 
 HISTORIES = [[0], [3, 4, 6, 1], []]  # prompts of unequal length: padding must not matter
 
@@ -252,7 +252,7 @@ class TrieLogitsProcessor(LogitsProcessor):
         nodes = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
         for column in range(self.prompt_length, input_ids.shape[1]):
             nodes = self.trie.advance(nodes, input_ids[:, column])
-        allowed = self.trie.allowed_mask(nodes, scores.shape[-1])
+        allowed = allowed_mask(self.trie, nodes, scores.shape[-1])
         if self.blocked is not None:
             rows, children = self.trie.children(nodes)
             barred = self.blocked[rows // (len(nodes) // len(self.blocked)), children]

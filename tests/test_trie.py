@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from flowerlib.trie import TitleTrie
 
+from tiny_world import allowed_mask
+
 END = 0
 TOKENS = (1, 2, 49_151, 2**31 - 1)  # few, so that titles share beginnings; up to the largest
 
@@ -382,7 +384,7 @@ def test_masks_and_children_are_the_continuations(catalogue, data):
     trie, prefixes = TitleTrie.from_sequences(catalogue), prefixes_in_order(catalogue)
     vocab_size = max(t for s in catalogue for t in s) + 1 + data.draw(st.integers(0, 2))
     nodes = data.draw(st.lists(st.integers(-1, trie.n_nodes - 1), min_size=1, max_size=6))
-    mask = trie.allowed_mask(torch.tensor(nodes), vocab_size)
+    mask = allowed_mask(trie, torch.tensor(nodes), vocab_size)
     assert mask.shape == (len(nodes), vocab_size) and mask.dtype == torch.bool
     rows, children = trie.children(torch.tensor(nodes))
     for i, node in enumerate(nodes):
@@ -393,8 +395,8 @@ def test_masks_and_children_are_the_continuations(catalogue, data):
 
 def test_nothing_is_allowed_at_a_leaf_and_off_the_trie():
     trie = TitleTrie.from_sequences([[5, END], [5, 6, END]])
-    assert not trie.allowed_mask(torch.tensor([*trie.leaves.tolist(), -1]), 8).any()
-    assert trie.allowed_mask(torch.tensor([0, -1]), 8).sum(1).tolist() == [1, 0]
+    assert not allowed_mask(trie, torch.tensor([*trie.leaves.tolist(), -1]), 8).any()
+    assert allowed_mask(trie, torch.tensor([0, -1]), 8).sum(1).tolist() == [1, 0]
 
 
 @prove

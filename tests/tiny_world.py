@@ -33,6 +33,14 @@ def exact_log_probabilities(model, catalogue, history, renormalised):
     return scores
 
 
+def allowed_mask(trie, nodes, vocab_size):
+    """(B,) nodes → (B, vocab_size) bool, True where a child follows; all False at a leaf and at -1."""
+    mask = torch.zeros(len(nodes), vocab_size, dtype=torch.bool, device=nodes.device)
+    rows, children = trie.children(nodes)
+    mask[rows, trie.token[children]] = True
+    return mask
+
+
 def finished_training(folder, titles=TITLES, rows="sequence", **used):
     """A folder as a training leaves it, of a model that has learned nothing; the model."""
     settings = TrainSettings(model="tiny", frozen_layers=0, tuned_layers=0, rows=rows, **used)

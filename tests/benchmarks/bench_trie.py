@@ -7,6 +7,8 @@ from transformers import PrefixConstrainedLogitsProcessor
 
 from flowerlib.trie import TitleTrie
 
+from tiny_world import allowed_mask
+
 N, BEAMS = 1_000_000, 640  # 64 prompts with 10 beams each
 VOCABULARY = 49_152
 
@@ -96,7 +98,7 @@ def test_one_step_of_640_beams_against_transformers(side_by_side, what, bound):
     def ours():
         nodes = trie.advance(above, prefix[:, -1])
         if what == "full mask":
-            return trie.allowed_mask(nodes, VOCABULARY)
+            return allowed_mask(trie, nodes, VOCABULARY)
         beams, children = trie.children(nodes)
         if what == "children":
             return scores.view(-1).index_select(0, beams * VOCABULARY + trie.token[children])
@@ -117,8 +119,8 @@ def test_a_step_does_not_slow_down_with_the_catalogue(side_by_side, vocabulary):
         above = torch.nonzero(trie.depth == depth - 2)[:, 0]  # two steps from the end, so that ten children follow
         above = above[torch.from_numpy(np.random.default_rng(0).integers(len(above), size=BEAMS))]
         tokens = torch.from_numpy(np.random.default_rng(1).integers(1, 11, size=BEAMS))
-        assert (trie.allowed_mask(trie.advance(above, tokens), vocabulary).sum(1) == 10).all()
-        steps.append(lambda trie=trie, above=above, tokens=tokens: trie.allowed_mask(trie.advance(above, tokens), vocabulary))
+        assert (allowed_mask(trie, trie.advance(above, tokens), vocabulary).sum(1) == 10).all()
+        steps.append(lambda trie=trie, above=above, tokens=tokens: allowed_mask(trie, trie.advance(above, tokens), vocabulary))
     side_by_side(f"step of 640 beams, vocabulary {vocabulary:,}, 1,000,000 titles / 1,000", 1.5, *steps, rounds=61)
 
 
