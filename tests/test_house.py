@@ -85,6 +85,13 @@ def test_the_core_knows_nothing_of_the_bench():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.parametrize("before", ["enable", "disable"])
+def test_importing_leaves_the_garbage_collector_as_it_was(before):
+    code = f"import gc; gc.{before}(); import flowerlib; print(gc.isenabled(), gc.get_freeze_count() > 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == [str(before == "enable"), "True"], done.stderr
+
+
 def test_the_reader_of_imports_by_hand():
     """What the tests above rest on: every form of an import is seen."""
     source = """
