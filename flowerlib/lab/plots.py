@@ -320,7 +320,7 @@ def bias_steps(axes: Axes, rows: Rows, title: str = "") -> Axes:
         axes.plot(*zip(*own), color=colour, linestyle=line, marker=marker, markersize=9, label=name)
     axes.axvline(0, color=STYLES[0][0], linewidth=1)
     axes.legend()
-    return _dressed(axes, title, rows=steps, xlabel="most popular eighth: share of slots − share of next choices")
+    return _dressed(axes, title, rows=steps, xlabel="most popular eighth's share: slots − next choices (0: as chosen)")
 
 
 def ratios(axes: Axes, rows: Rows, title: str = "") -> Axes:

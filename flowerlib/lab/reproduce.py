@@ -150,8 +150,8 @@ def _run_all(profile: str, folder: Path, overrides: Mapping[str, Any], names: Ma
         if not expected:
             expected = [0.0] * i + expected_seconds(profile, overrides, list(names)[i:])
             if (total := sum(expected)) == total:
-                print(f"about {minutes(total)} from scratch on this machine; figures appear in {folder / 'figures'} as "
-                      "they are made", flush=True)
+                print(f"{profile}: about {minutes(total)} from scratch on this machine; figures appear in "
+                      f"{folder / 'figures'} as they are made", flush=True)
         screen = Screen(f"{i + 1} of {len(names)}", expected[i], sum(expected[i + 1 :]))
         print(f"\n{name} ({screen})", flush=True)
         seconds = _run(name, given, folder, screen)
