@@ -172,6 +172,7 @@ def test_the_report_needs_no_network_and_says_what_its_pictures_show(smoke):
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=.https?:", page) and "import(" not in page
     alts = re.findall(r"<img[^>]*?alt=\"(.*?)\"", page, re.DOTALL)
     assert len(alts) == page.count("<img") > 5 and all(len(alt) > 10 for alt in alts)
+    assert "No description" not in page
     assert page.count('src="data:image/png;base64,') == page.count("<img")
     assert page.count("<figcaption>") == len(list((smoke / "figures").glob("*.png")))
     assert page.count("<math") == page.count("</math>") > 3 and "$$" not in page

@@ -31,6 +31,7 @@ CLAIMS = (  # the paper's beside the fit; -1: less is claimed, 1: more, 0: no le
     ("", 0, "The reward div is best; a token is the best step", "ablations"))
 FORMULA = re.compile(r"(```.+?```|`[^`\n]+`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$]+?)(?<![\s\\])\$(?![\w$])", re.S)
 SPECIAL = re.compile(r"[][<>&\"`$|\\*~#\n\r]|(?<![^\W_])_|_(?![^\W_])|:(?=/)")  # to HTML, Markdown or MathML
+IMAGE = '<img alt="{}" src="data:image/png;base64,{}">'
 PAGE = """{% extends 'lab/index.html.j2' %}
 {% block html_head_js_requirejs %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}
 {% block html_head_js_mermaidjs %}{% endblock %}{% block html_head_css %}<style>
@@ -213,8 +214,7 @@ def _results(folder: Path, notebooks: Mapping[str, Any]) -> str:
                     parts += ["The paper's claims here:", verdict_table(known, {folder.name: runs.read_results(path)})]
         for path in sorted((folder / "figures").glob(f"{name[:2]}_*.png")):
             text, data = plain(_titles(path)), base64.b64encode(path.read_bytes()).decode()
-            image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
-            parts.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
+            parts.append(f"<figure>{IMAGE.format(text, data)}<figcaption>{text}</figcaption></figure>")
     return "\n\n".join(parts)
 
 
@@ -232,7 +232,7 @@ def _clean(cell: Any, figures: Path) -> None:
     cell.outputs = [output for output in cell.get("outputs", []) if not is_noise(output)]
     for output in cell.outputs:
         if "image/png" in output.get("data", {}):
-            output.metadata["image/png"] = output.metadata.get("image/png", {}) | {"alt": text}
+            output.data = {"text/html": IMAGE.format(plain(text), output.data["image/png"])}
 
 
 def _provenance(results: Path) -> str:
