@@ -5,7 +5,6 @@ around the method (data sources, studies, reports) is the package `flowerlib.lab
 """
 
 import gc
-
 collecting = gc.isenabled()
 gc.disable()  # what is imported stays: no collection looks through it, now or at the end (a third of a start's time)
 from .losses import divergence_loss, flow_loss, sft_loss, subtb_loss
@@ -17,7 +16,8 @@ from .tree import Beams, PackedTree, beam_search, recommend
 from .trie import TitleTrie
 
 gc.freeze()
-(gc.enable if collecting else gc.disable)()
+if collecting:
+    gc.enable()
 
 __all__ = [
     "Beams", "Catalogue", "PackedTree", "TitleTrie", "TrainSettings", "beam_search", "count_log_rewards",
