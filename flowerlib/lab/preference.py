@@ -205,8 +205,8 @@ def top_titles(scores: Floats | Tensor, seen: Sequence[Sequence[int]], k: int) -
 
 
 def fair_weights(catalogue: Catalogue, tables: data.Tables, n_groups: int = 8) -> Tensor:
-    """(n_leaves,) IFairLRS' weight of each target: its popularity group's share in the training rows' histories over
-    its share in their targets. Where every interaction is a target it is close to 1: it needs one-target rows.
+    """(n_leaves,) IFairLRS' weight of each target: its popularity group's share in the training rows' histories, which
+    make the groups, over its share in their targets (1 if it has none). Where every interaction is one it is near 1.
 
     Source: Jiang et al., WWW 2024. Deviation: the official code multiplies a loss that is averaged already, so that
     the weights cancel out of the comparison between targets.
@@ -215,6 +215,6 @@ def fair_weights(catalogue: Catalogue, tables: data.Tables, n_groups: int = 8) -
     target = pd.Index(tables.items.item_id).get_indexer(tables.train.target)
     targets = np.bincount(leaf[target], minlength=n_leaves)
     histories = np.bincount(leaf, weights=data.item_counts(tables, "windowed"), minlength=n_leaves)
-    groups = metrics.popularity_groups(targets, min(n_groups, int((targets > 0).sum())))
-    share = metrics.group_shares(histories, groups) / metrics.group_shares(targets, groups)
-    return torch.from_numpy(share[groups])
+    groups = metrics.popularity_groups(histories, min(n_groups, np.count_nonzero(histories)))
+    before, after = metrics.group_shares(histories, groups), metrics.group_shares(targets, groups)
+    return torch.from_numpy(np.divide(before, after, out=np.ones_like(before), where=after > 0)[groups])
