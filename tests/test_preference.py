@@ -235,7 +235,7 @@ def test_fair_weights_are_those_of_naive_counting(pairs):
     weights = preference.fair_weights(Catalogue.build(tokenizer, titles, "movie", "target"), tables, n_groups=2)
     before, after = [item for h, _ in pairs for item in h], [t for _, t in pairs]
     ranked = sorted(set(before), key=lambda item: (-before.count(item), item))
-    popular = ranked[: -(-len(ranked) // 2)] if len(ranked) > 1 else [1, 2, 3, 4, 5]
+    popular = ranked[: -(-len(ranked) // 2)] if len(ranked) > 1 else [1, 2, 3, 4, 5]  # one title: one group of all
     for group in (popular, [item for item in range(1, 6) if item not in popular]):
         share, of_targets = (sum(item in group for item in items) / len(items) for items in (before, after))
         for item in group:

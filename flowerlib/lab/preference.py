@@ -206,7 +206,7 @@ def top_titles(scores: Floats | Tensor, seen: Sequence[Sequence[int]], k: int) -
 
 def fair_weights(catalogue: Catalogue, tables: data.Tables, n_groups: int = 8) -> Tensor:
     """(n_leaves,) IFairLRS' weight of each target: its popularity group's share in the training rows' histories, which
-    make the groups, over its share in their targets (1 if it has none). Where every interaction is one it is near 1.
+    make the groups, over its share in their targets (1 if it has none). For one-target rows.
 
     Source: Jiang et al., WWW 2024. Deviation: the official code multiplies a loss that is averaged already, so that
     the weights cancel out of the comparison between targets.
