@@ -43,6 +43,7 @@ publish: .venv/ready
 
 .venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed'"
+	@echo "setting up .venv, once: one to three minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -r requirements.txt
 	touch $@
