@@ -42,8 +42,8 @@ def few():
     return world_of(FEW, torch.tensor([60, 25, 10, 2]))
 
 
-def loss_of(*args, **options):
-    return sum(fit.loss_parts(*args, **options))
+def loss_of(tree, loss, log_rewards, leaves, **options):
+    return sum(fit.loss_parts(tree, loss, tree.trie.log_flows(log_rewards), leaves, **options))
 
 
 # Losses

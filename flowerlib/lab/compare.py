@@ -138,7 +138,7 @@ class Comparison:
         one_pass = self.contender(self.settings.seed, method, **own)
         tokens = np.diff(self._rows(one_pass).start)[self._order(one_pass)].cumsum()
         if n_tokens >= tokens[-1]:
-            return replace(one_pass, settings=replace(one_pass.settings, epochs=n_tokens / tokens[-1]))
+            return replace(one_pass, settings=replace(one_pass.settings, epochs=float(n_tokens / tokens[-1])))
         return replace(one_pass, n_rows=1 + int(np.searchsorted(tokens, n_tokens)))
 
     def forward_tokens(self, contender: Contender) -> int:

@@ -37,16 +37,16 @@ PATHS = {"exact_ce": ("all",), "exact_squared": ("all",), "subtree_ce": ("reward
          "dpo": ("pairs",), "rloo": ("policy",)}
 
 
-def loss_parts(tree: PackedTree, loss: str, log_item_rewards: Tensor, leaves: Tensor | None,
+def loss_parts(tree: PackedTree, loss: str, log_flows: Tensor, leaves: Tensor | None,
                penalty: float = 0.0) -> Iterator[Tensor]:
     """One of FIT_LOSSES as summands, nats (nats²) a title, plus `penalty` times what is lost to tokens off the tree.
-    The exact losses are sums over edges, so that a gradient that is added up part by part is exact in bounded memory;
-    the others are of the (n,) leaf nodes that were drawn. On these the penalty is of the nodes that the drawn titles
-    pass, an unbiased estimate of `losses.off_trie_penalty` where they come from the reward."""
+    log_flows: of `TitleTrie.log_flows`. The exact losses are sums over edges, so that a gradient that is added up part
+    by part is exact in bounded memory; the others are of the (n,) leaf nodes that were drawn. On these the penalty is
+    of the nodes that they pass, an unbiased estimate of `losses.off_trie_penalty` if they come from the reward."""
     trie = tree.trie
-    log_r = trie.log_token_rewards(log_item_rewards).float()
+    log_r = (log_flows - log_flows[trie.parent.clamp(min=0)]).float()
     if leaves is None:
-        log_reach = (trie.log_flows(log_item_rewards) - log_item_rewards.logsumexp(0)).float()
+        log_reach = (log_flows - log_flows[0]).float()
         parts = tree.parts()
     else:
         path = trie.paths(leaves)
@@ -153,28 +153,27 @@ def fit_target(tree: PackedTree, log_item_rewards: Tensor, loss: str, budget: in
             with the terminator alone, so that it vanishes for policies that leave the tree as well.
         how: evaluations, progress and watch of `tune`."""
     if loss not in FIT_LOSSES or paths not in FIT_PATHS:
-        allowed = f"{', '.join(FIT_LOSSES)} and {', '.join(FIT_PATHS)}"
-        raise ValueError(f"loss {loss!r} with paths {paths!r}: choose of {allowed}")
+        raise ValueError(f"loss {loss!r}, paths {paths!r}: choose of {', '.join(FIT_LOSSES)}; {', '.join(FIT_PATHS)}")
     if loss == "sft" and paths != "reward":
         raise ValueError(f"sft imitates what is drawn: with paths {paths!r} it would not aim at the reward")
     torch.manual_seed(seed)
-    trie, on_policy = tree.trie, float(paths == "policy")
+    trie, on_policy, log_flows = tree.trie, float(paths == "policy"), tree.trie.log_flows(log_item_rewards)
+    reward = trie.log_leaf_probs(trie.log_token_rewards(log_item_rewards)).exp()
+    off_policy = reward if paths == "reward" else trie.depth[trie.leaves].double()
 
     def drawn_leaves() -> Tensor:
-        if paths == "reward":
-            return draw_leaves(trie, trie.log_token_rewards(log_item_rewards), n_titles)
-        n_own, lengths = round(on_policy * n_titles), trie.depth[trie.leaves].double()
-        off = torch.multinomial(lengths, n_titles - n_own, replacement=True) if n_own < n_titles else []
+        n_own = round(on_policy * n_titles)
+        off = torch.multinomial(off_policy, n_titles - n_own, replacement=True) if n_own < n_titles else []
         own = draw_leaves(trie, tree.log_probs(), n_own) if n_own else trie.leaves[:0]
         return torch.cat([own, trie.leaves[off]])
 
     def step() -> Iterator[Tensor]:
         nonlocal on_policy
         value, leaves = 0.0, None if loss.startswith("exact") else drawn_leaves()
-        for part in loss_parts(tree, loss, log_item_rewards, leaves, penalty):
+        for part in loss_parts(tree, loss, log_flows, leaves, penalty):
             value += part.item()
             yield part
-        if value < 0.05:
+        if paths == "schedule" and value < 0.05:
             on_policy = min(1.0, on_policy + 0.1)
 
     return tune(tree, log_item_rewards, step, budget, learning_rate, f"{loss}, {paths}", **how)

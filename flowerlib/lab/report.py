@@ -158,7 +158,8 @@ def report(folder: Path) -> Path:
             _clean(cell, folder / "figures")
     joint = nbformat.v4.new_notebook(cells=cells, metadata={"title": f"Flower, {folder.name}"})
     with store.atomic(folder / "report.html") as new:
-        new.write_text(HTMLExporter(raw_template=PAGE).from_notebook_node(joint)[0], encoding="utf-8")
+        exporter = HTMLExporter(raw_template=PAGE, filters={"clean_html": lambda code: code})  # it is escaped before
+        new.write_text(exporter.from_notebook_node(joint)[0], encoding="utf-8")
     return folder / "report.html"
 
 

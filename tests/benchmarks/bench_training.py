@@ -107,6 +107,7 @@ def test_sixteen_paths_behind_one_prompt(side_by_side, model, catalogue):
     context = catalogue.context([])
     tree = PackedTree(model.train(), catalogue.trie, context)
     log_rewards = torch.zeros(catalogue.trie.n_items)
+    log_flows = catalogue.trie.log_flows(log_rewards)
     leaves = catalogue.trie.leaf[torch.randperm(catalogue.trie.n_items, generator=torch.Generator().manual_seed(0))[:16]]
     paths = catalogue.trie.paths(leaves)
     paths = paths[:, : int((paths >= 0).sum(1).max())]
@@ -115,7 +116,7 @@ def test_sixteen_paths_behind_one_prompt(side_by_side, model, catalogue):
     log_r = catalogue.trie.log_token_rewards(log_rewards)[paths.clamp(min=0)]
 
     def packed():
-        for part in loss_parts(tree, "subtb", log_rewards, leaves):
+        for part in loss_parts(tree, "subtb", log_flows, leaves):
             part.backward()
         model.zero_grad()
 
