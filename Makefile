@@ -7,6 +7,9 @@ REPRODUCE := $(BIN)/python -m flowerlib.lab.reproduce
 AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 export GOMP_SPINCOUNT ?= 3000
 GIVEN = $(if $(PARAMETERS),-p $(PARAMETERS))
+NAMES := PROFILE OUT PARAMETERS DATA NOTEBOOKS PYTHON PIP_ARGS BIN GOMP_SPINCOUNT
+MISSPELT := $(filter-out $(NAMES),$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
+$(if $(MISSPELT),$(error nothing here reads $(MISSPELT): the variables are $(NAMES)))
 
 .PHONY: lab reproduce study report test test-hard test-browser bench publish
 lab: .venv/ready

@@ -329,6 +329,16 @@ def test_make_hands_on_values_with_spaces(monkeypatch, folder):
     assert overrides == {"n_seeds": 3, "category": "video game", "sweep": [[-0.5, 0.1]], "data_path": folder}
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+def test_make_refuses_a_misspelt_variable():
+    """Else it would begin with `laptop`, which takes long."""
+    alone = {name: value for name, value in os.environ.items() if name[:4] != "MAKE"}
+    make = ["make", "-n", "reproduce", "OUT=a b", "PARAMETERS=a='b c'"]
+    done = subprocess.run([*make, "PROFIL=smoke"], cwd=store.ROOT, env=alone, capture_output=True, text=True)
+    assert done.returncode and "nothing here reads PROFIL: the variables are PROFILE OUT " in done.stderr
+    assert subprocess.run([*make, "PROFILE=smoke"], cwd=store.ROOT, env=alone, capture_output=True).returncode == 0
+
+
 def test_notebooks_run_in_their_order_however_they_are_named(monkeypatch):
     calls = []
     named = ["--only=07_which_title_next", "--only=02_train_sft", "--only=01_prepare_the_data"]
