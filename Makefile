@@ -6,10 +6,10 @@ BIN := .venv/bin
 REPRODUCE := $(BIN)/python -m flowerlib.lab.reproduce
 AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 export GOMP_SPINCOUNT ?= 3000
-GIVEN = $(if $(PARAMETERS),-p $(PARAMETERS))
+GIVEN = $(if $(PARAMETERS),-p $(PARAMETERS)) $(if $(DATA),-p data_path='$(DATA)')
 NAMES := PROFILE OUT PARAMETERS DATA NOTEBOOKS PYTHON PIP_ARGS BIN GOMP_SPINCOUNT
-MISSPELT := $(filter-out $(NAMES),$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
-$(if $(MISSPELT),$(error nothing here reads $(MISSPELT): the variables are $(NAMES)))
+MISSPELT := $(filter-out $(NAMES) SHELL MAKEFLAGS,$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
+$(if $(MISSPELT),$(error no rule here reads $(MISSPELT): the variables are $(NAMES); one of the environment stands before make))
 
 .PHONY: lab reproduce study report test test-hard test-browser bench publish
 lab: .venv/ready
@@ -19,7 +19,7 @@ reproduce: .venv/ready
 	$(REPRODUCE) --profile $(PROFILE) --out $(OUT) $(GIVEN)
 
 study: .venv/ready
-	$(REPRODUCE) --profile study --out runs/study$(addprefix -,$(notdir $(DATA:/=))) $(GIVEN) $(if $(DATA),-p data_path='$(DATA)') \
+	$(REPRODUCE) --profile study --out runs/study$(addprefix -,$(notdir $(DATA:/=))) $(GIVEN) \
 	  $(addprefix --only ,01_prepare_the_data 02_train_sft 03_train_flower 04_bias_and_diversity 07_which_title_next) \
 	  $(if $(DATA),,--only 05_fit_a_known_distribution)
 

@@ -250,6 +250,10 @@ def test_fits_say_who_is_closest(axes):
     assert lines["Flower's SubTB"].get_color() == plots.STYLES[plots.FIXED["Flower"]][0]
 
 
+def test_equal_rewards_can_be_drawn(axes):
+    plots.fitted(axes, np.log([0.5, 0.5]), np.log([0.8, 0.1]), "SFT").figure.canvas.draw()
+
+
 def test_fit_summary_counts_methods_not_runs(axes):
     assert plots.fit_summary(axes, FITS, 0.05).get_title().startswith("1 of 2 ways end within 0.05 nats")
     assert [text.get_text() for text in axes.get_yticklabels()] == ["SFT", "DPO"]

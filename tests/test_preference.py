@@ -210,6 +210,7 @@ def test_top_titles_leaves_seen_ones_out_and_says_where_none_is_left():
     scores = np.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0]])
     assert preference.top_titles(scores, [[0], [1, 2]], 3).tolist() == [[2, 1, -1], [0, -1, -1]]
     assert preference.top_titles(scores, [[], []], 2).tolist() == [[0, 2], [0, 1]]
+    assert preference.top_titles(scores, [[0], [1, 2]], 5).tolist() == [[2, 1, -1, -1, -1], [0, -1, -1, -1, -1]]
 
 
 def test_fair_weights_by_hand():

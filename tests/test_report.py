@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from flowerlib.lab import report, reproduce, runs, store
@@ -154,6 +155,15 @@ def test_the_report_imports_no_plots():
 def test_a_run_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="run `make reproduce` first"):
         report.report(tmp_path)
+
+
+def test_no_text_of_a_cell_becomes_an_element_of_the_page(tmp_path):
+    script = "<script>alert(1)</script>"
+    cells = [nbformat.v4.new_code_cell(f"x = '{script}'  # {script}"), nbformat.v4.new_raw_cell(script)]
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "01_a.ipynb")
+    page = report.report(tmp_path).read_text(encoding="utf-8")
+    assert script not in page and page.count("&lt;script&gt;alert") == 2
 
 
 def test_a_page_holds_all_notebooks_and_all_methods(smoke):

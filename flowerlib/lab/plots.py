@@ -208,7 +208,7 @@ def fitted(axes: Axes, log_target: ArrayLike, log_model: ArrayLike, name: str, t
     log_target, log_model = np.asarray(log_target), np.asarray(log_model)
     target, model = np.exp(log_target), np.exp(log_model)
     least, most, bottom = target.min(), target.max(), target.min() / 30
-    axes.axline((least, least), (most, most), color=STYLES[0][0], linewidth=1.2, zorder=1)
+    axes.axline((least, least), (max(most, 1.01 * least),) * 2, color=STYLES[0][0], linewidth=1.2, zorder=1)
     for which, marker in ((model >= bottom, "o"), (model < bottom, "v")):
         axes.plot(target[which], model[which].clip(bottom), marker, color=STYLES[2][0], markersize=6, alpha=0.6,
                   markeredgewidth=0)

@@ -197,7 +197,7 @@ def sum_of_rows(matrix: Floats, histories: Sequence[Sequence[int]]) -> Floats:
 
 def top_titles(scores: Floats | Tensor, seen: Sequence[Sequence[int]], k: int) -> NDArray[np.int64]:
     """(U, L) scores → (U, k) leaf ids, best first, ties by id, none of those seen, -1 where none is left."""
-    scores = np.array(scores, dtype=float)
+    scores = np.pad(np.array(scores, dtype=float), ((0, 0), (0, k)), constant_values=-np.inf)
     for row, leaves in zip(scores, seen, strict=True):
         row[list(leaves)] = -np.inf
     lists = np.argsort(-scores, axis=1, kind="stable")[:, :k]

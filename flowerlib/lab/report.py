@@ -149,7 +149,7 @@ def report(folder: Path) -> Path:
     if not notebooks or folder.samefile(store.ROOT):
         raise FileNotFoundError(f"{folder} holds no executed notebook: run `make reproduce` first")
     first, last = map(nbformat.v4.new_markdown_cell, (_results(folder, notebooks), _provenance(folder / "results")))
-    cells = [first, *(cell for notebook in notebooks.values() for cell in notebook.cells), last]
+    cells = [first, *(cell for book in notebooks.values() for cell in book.cells if cell.cell_type != "raw"), last]
     for n, cell in enumerate(cells, 1):
         cell["id"] = str(n)
         if cell.cell_type == "markdown":
@@ -158,7 +158,7 @@ def report(folder: Path) -> Path:
             _clean(cell, folder / "figures")
     joint = nbformat.v4.new_notebook(cells=cells, metadata={"title": f"Flower, {folder.name}"})
     with store.atomic(folder / "report.html") as new:
-        exporter = HTMLExporter(raw_template=PAGE, filters={"clean_html": lambda code: code})  # it is escaped before
+        exporter = HTMLExporter(raw_template=PAGE, filters={"clean_html": lambda code: code})  # highlighting escapes
         new.write_text(exporter.from_notebook_node(joint)[0], encoding="utf-8")
     return folder / "report.html"
 

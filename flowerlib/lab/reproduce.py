@@ -30,12 +30,12 @@ except ImportError:  # Windows
 NOTEBOOKS = (*runs.STEPS.values(), "04_bias_and_diversity.ipynb")
 BY_HAND = "00_follow_the_flow.ipynb"
 FIT, CURVES = "05_fit_a_known_distribution.ipynb", "06_popularity_curves.ipynb"  # stand by themselves
-COMPARISON = "07_which_title_next.ipynb"  # needs 01 alone
+COMPARISON = "07_which_title_next.ipynb"  # needs 01 alone, and takes the settings of 02 and 03
 SPEED = "08_how_fast.ipynb"  # draws what `make bench` has measured
 EXPLORERS = "09_explore.ipynb"  # looks at what 01 to 04 have left
 STUDIES = (FIT, CURVES, COMPARISON, SPEED, EXPLORERS)  # `make study`: 05 and 07 take long
 READS = {name: NOTEBOOKS[:i] for i, name in enumerate(NOTEBOOKS)}  # notebooks whose results a notebook reads
-READS |= {COMPARISON: NOTEBOOKS[:1], EXPLORERS: (*NOTEBOOKS, COMPARISON)}
+READS |= {COMPARISON: NOTEBOOKS[:3], EXPLORERS: (*NOTEBOOKS, COMPARISON)}
 FOLDER = store.ROOT / "notebooks"
 BENCH = store.ROOT / "runs" / "bench.json"  # what `make bench` writes and notebook 08 reads
 TIMES = store.ROOT / "figures"  # holds the times of published runs
