@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import kernels
 import pytest
@@ -9,8 +11,6 @@ from filelock import FileLock
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what the tests compare with was computed on a CPU
 os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other make tiny models slow
-
-from flowerlib.lab import reproduce  # noqa: E402
 
 kernels.use()
 
@@ -21,15 +21,31 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
-    """The folder of a whole run at `smoke`, made once for all processes; tests that change it work on a copy."""
+def once(tmp_path_factory):
+    """Makes a folder once for all processes."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "whole").exists():
-            reproduce.reproduce("smoke", str(folder), {}, (*reproduce.NOTEBOOKS, *reproduce.STUDIES))
-            (folder / "whole").touch()
-    return folder
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        with FileLock(f"{base / name}.lock"):
+            if not (base / name / "whole").exists():
+                make(base / name)
+                (base / name / "whole").touch()
+        return base / name
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def smoke(once):
+    """The folder of a whole run at `smoke` with its report; tests that change it work on a copy."""
+    from flowerlib.lab import report, reproduce  # here: the process that hands out the tests needs no torch
+
+    def make(folder):
+        reproduce.reproduce("smoke", str(folder), {}, (*reproduce.NOTEBOOKS, *reproduce.STUDIES))
+        report.report(folder)
+
+    return once("smoke", make)
 
 
 @pytest.fixture

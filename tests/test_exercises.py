@@ -1,14 +1,15 @@
-"""Every exercise says that it is not attempted, takes its answer in notebooks/solutions and refuses wrong ones."""
+"""Every exercise says that it is not attempted, takes its answer in notebooks/solutions and refuses wrong ones. The
+answers change no result: the same seed gives the same numbers."""
 
 import ast
 import re
 import textwrap
 
+import another_house
 import nbformat
-import papermill
 import pytest
 
-from flowerlib.lab import reproduce
+from flowerlib.lab import reproduce, runs
 
 WRONG = {  # answers to each exercise that a reader may well give; numbers alone are guesses that a check might take
     "flow_of_star": ["return 31 + 9 + 11, 51 / 119"],
@@ -43,15 +44,16 @@ def functions(source):
             if isinstance(node, ast.FunctionDef)}
 
 
-def text(notebook):
-    return [out.text for cell in notebook.cells for out in cell.get("outputs", []) if out.get("name") == "stdout"]
+def text(path):
+    """What an executed notebook has printed."""
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(out.text for cell in cells for out in cell.get("outputs", []) if out.get("name") == "stdout")
 
 
-@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
-def test_solutions_pass_and_wrong_answers_are_refused_with_a_reason(path, copy, tmp_path):
-    solutions = functions(path.read_text(encoding="utf-8"))
-    notebook = nbformat.read(reproduce.FOLDER / f"{path.stem}.ipynb", as_version=4)
-    cells, left, answers = [], dict(solutions), 0
+def answered(path):
+    """A notebook with its solutions and, before each, with wrong answers; exercises it lacks; how many are wrong."""
+    notebook, wrong_answers = nbformat.read(reproduce.FOLDER / f"{path.stem}.ipynb", as_version=4), 0
+    cells, left = [], functions(path.read_text(encoding="utf-8"))
     for cell in notebook.cells:
         stubs = functions(cell.source) if cell.cell_type == "code" else {}
         for name, stub in stubs.items():
@@ -62,22 +64,54 @@ def test_solutions_pass_and_wrong_answers_are_refused_with_a_reason(path, copy, 
                         f"try:\n{textwrap.indent(wrong, '    ')}\n    print('taken: {name} {number}')\n"
                         "except AssertionError as error:\n    print('refused:', error)"
                     ))
-                answers += len(WRONG[name])
+                wrong_answers += len(WRONG[name])
                 cell.source = cell.source.replace(stub, left.pop(name))
         cells.append(cell)
     notebook.cells = cells
+    return notebook, left, wrong_answers
+
+
+@pytest.fixture(scope="session")
+def again(once):
+    """The folder of another whole run at `smoke`, from notebooks whose exercises are answered."""
+
+    def make(house):
+        another_house.build(house)
+        for path in SOLUTIONS:
+            nbformat.write(answered(path)[0], house / "notebooks" / f"{path.stem}.ipynb")
+        names = (reproduce.BY_HAND, *reproduce.NOTEBOOKS, *reproduce.STUDIES)
+        another_house.run(house, house / "run", *(f"--only={name[:-6]}" for name in names))
+
+    return once("house", make) / "run"
+
+
+@pytest.mark.long
+def test_the_same_seed_gives_the_same_results_but_for_times_whatever_is_answered(smoke, again):
+    results = {path for path in (smoke / "results").glob("*.json") if path.name[:2] != reproduce.SPEED[:2]}
+    assert len(results) > 6
+    for path in sorted(results):
+        first, second = (runs.read_document(folder / "results" / path.name) for folder in (smoke, again))
+        for document in (first, second):
+            del document["provenance"]["commit"]  # the other house is no repository
+            for part in (document["provenance"], *document["rows"]):
+                for key in [key for key in part if "seconds" in key or key == "made_at"]:
+                    del part[key]
+        assert first == second, path.name
+    first, second = ({made.parent.name for made in run.glob("*/*/made.json")} for run in (smoke, again))
+    assert first == second
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
+def test_solutions_pass_and_wrong_answers_are_refused_with_a_reason(path, smoke, again):
+    _, left, wrong_answers = answered(path)
     assert not left, "the notebook has no such exercise"
-    solved = tmp_path / f"{path.stem}.ipynb"
-    nbformat.write(notebook, solved)
-    given = {"PROFILE": "smoke", "OUT": str(copy)}
-    done = papermill.execute_notebook(solved, tmp_path / "done.ipynb", given, cwd=reproduce.FOLDER, progress_bar=False)
-    out = "".join(text(done))
+    out = text(again / "notebooks" / f"{path.stem}.ipynb")
     assert re.findall("^taken: .*", out, re.MULTILINE) == []
-    assert "not attempted" not in out and out.count("correct") == len(solutions)
-    assert len(re.findall("^refused: .{10}", out, re.MULTILINE)) == answers
-    if path.stem != "00_follow_the_flow":
-        as_it_stands = nbformat.read(copy / "notebooks" / f"{path.stem}.ipynb", as_version=4)
-        assert "".join(text(as_it_stands)).count("exercise not attempted yet") == out.count("correct")
+    assert "not attempted" not in out and out.count("correct") == len(functions(path.read_text(encoding="utf-8")))
+    assert len(re.findall("^refused: .{10}", out, re.MULTILINE)) == wrong_answers
+    if path.stem + ".ipynb" != reproduce.BY_HAND:
+        as_it_stands = text(smoke / "notebooks" / f"{path.stem}.ipynb")
+        assert as_it_stands.count("exercise not attempted yet") == out.count("correct")
 
 
 def test_every_exercise_has_a_stub_a_solution_and_a_wrong_answer():

@@ -36,28 +36,34 @@ def run(command):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("flow", ["divergence", "subtb"])
-def test_two_processes_have_the_losses_of_one(smoke, tmp_path, flow):
-    """Each process has its own rows and paths; a mean over the tokens of both is what one process would take."""
-    one, two = (prepared(smoke, tmp_path / name) for name in ("one", "two"))
-    made = launch("Flower", "smoke", str(one), PARAMETERS | {"flow": flow})
-    assert made.parent == one / "flower" and (made / "model").is_dir()
-    command = ["-m", "flowerlib.lab.launch", "Flower", "--profile", "smoke", "--out", str(two)]
-    given = PARAMETERS | {"flow": flow}
-    run([*command, *(part for key, value in given.items() for part in ("-p", f"{key}={value}"))])
-    [by_two] = (two / "flower").glob("*/made.json")
-    assert by_two.parent.name == made.name  # the same work
-    one, two = training_log(one), training_log(two)
+def assert_losses_of_one(smoke, folder, by_two, flow):
+    """What two processes have trained in by_two/flower is what this one trains in the folder."""
+    made = launch("Flower", "smoke", str(prepared(smoke, folder)), PARAMETERS | {"flow": flow})
+    assert made.parent == folder / "flower" and (made / "model").is_dir()
+    [record] = (by_two / "flower").glob("*/made.json")
+    assert record.parent.name == made.name  # the same work
+    one, two = training_log(folder), training_log(by_two)
     assert list(one.step) == list(two.step) and len(one) > 3
     for part in ("loss", "sft", "flow"):
         np.testing.assert_allclose(two[part], one[part], atol=1e-4, rtol=1e-5)
 
 
-WATCH = """
+def test_two_processes_have_the_losses_of_one(smoke, tmp_path):
+    """Each process has its own rows and paths; a mean over the tokens of both is what one process would take."""
+    by_two, given = prepared(smoke, tmp_path / "two"), PARAMETERS | {"flow": "subtb"}
+    command = ["-m", "flowerlib.lab.launch", "Flower", "--profile", "smoke", "--out", str(by_two)]
+    run([*command, *(part for key, value in given.items() for part in ("-p", f"{key}={value}"))])
+    assert_losses_of_one(smoke, tmp_path / "one", by_two, "subtb")
+
+
+TWO_TRAININGS = """
 import json, os, sys
 from pathlib import Path
 from flowerlib import train
 from flowerlib.lab.launch import launch
+
+by_two, folder = map(Path, sys.argv[1:3])
+launch("Flower", "smoke", str(by_two), json.loads(sys.argv[3]))
 
 draw, drawn = train.Objective.draw_leaves, []
 def watched(self, *args):
@@ -65,17 +71,17 @@ def watched(self, *args):
     drawn.append(leaves.flatten().tolist())
     return leaves
 train.Objective.draw_leaves = watched
-folder = Path(sys.argv[1])
 launch("Flower", "smoke", str(folder), {"paths": "reward", "n_paths": 4, "epochs": 0.5, "frozen_layers": 0,
                                        "tuned_layers": 0, "batch_size": 8})
 (folder / f"drawn_{os.environ['RANK']}.json").write_text(json.dumps(drawn))
 """
 
 
-def test_every_process_draws_paths_of_its_own(smoke, tmp_path):
-    folder, script = prepared(smoke, tmp_path / "run"), tmp_path / "watch.py"
-    script.write_text(WATCH)
-    run([str(script), str(folder)])
+def test_two_trainings_one_after_the_other_and_every_process_draws_paths_of_its_own(smoke, tmp_path):
+    by_two, folder = (prepared(smoke, tmp_path / name) for name in ("two", "drawn"))
+    (script := tmp_path / "trainings.py").write_text(TWO_TRAININGS)
+    run([str(script), str(by_two), str(folder), json.dumps(PARAMETERS | {"flow": "divergence"})])
+    assert_losses_of_one(smoke, tmp_path / "one", by_two, "divergence")
     first, second = (json.loads((folder / f"drawn_{rank}.json").read_text()) for rank in (0, 1))
     assert len(first) == len(second) > 2
     assert all(a != b for a, b in zip(first, second))

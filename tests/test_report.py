@@ -167,7 +167,7 @@ def test_no_text_of_a_cell_becomes_an_element_of_the_page(tmp_path):
 
 
 def test_a_page_holds_all_notebooks_and_all_methods(smoke):
-    page = report.report(smoke).read_text(encoding="utf-8")
+    page = (smoke / "report.html").read_text(encoding="utf-8")
     assert all(f'<h1 id="{n}-' in page for n in ("01", "02", "03", "04"))
     assert "step/s" not in page
     assert report.headline(smoke) in page and "one seed. A tiny random model" in page
@@ -178,7 +178,7 @@ def test_a_page_holds_all_notebooks_and_all_methods(smoke):
 
 
 def test_the_report_needs_no_network_and_says_what_its_pictures_show(smoke):
-    page = report.report(smoke).read_text(encoding="utf-8")
+    page = (smoke / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=.https?:", page) and "import(" not in page
     alts = re.findall(r"<img[^>]*?alt=\"(.*?)\"", page, re.DOTALL)
     assert len(alts) == page.count("<img") > 5 and all(len(alt) > 10 for alt in alts)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import kernels
+import another_house
 import pandas as pd
 import pytest
 
@@ -139,25 +139,6 @@ def test_the_command_prints_the_table_and_where_all_lies(alone):
     assert f"report: {alone / 'report.html'}" in done.stdout and f"results: {alone / 'results'}" in done.stdout
 
 
-@pytest.mark.long
-def test_the_same_seed_gives_the_same_results_but_for_times(smoke, tmp_path):
-    names = [name for name in (*reproduce.NOTEBOOKS, *reproduce.STUDIES) if name != reproduce.SPEED]  # times alone
-    command = [sys.executable, kernels.__file__, "--profile", "smoke", "--out", str(tmp_path)]
-    subprocess.run([*command, *(f"--only={name[:-6]}" for name in names)], cwd=store.ROOT, check=True,
-                   capture_output=True, env=os.environ | {"PYTHONPATH": str(store.ROOT)})  # hashes of their own
-    again = tmp_path
-    results = {path for path in (smoke / "results").glob("*.json") if path.name[:2] != reproduce.SPEED[:2]}
-    assert len(results) > 6
-    for path in sorted(results):
-        first, second = (runs.read_document(folder / "results" / path.name) for folder in (smoke, again))
-        for document in (first, second):
-            for part in (document["provenance"], *document["rows"]):
-                for key in [key for key in part if "seconds" in key or key == "made_at"]:
-                    del part[key]
-        assert first == second, path.name
-    assert {path.name for path in trained(smoke)} == {path.name for path in trained(again)}
-
-
 # What runs again
 
 
@@ -223,22 +204,12 @@ def test_a_changed_cell_or_a_changed_comment_in_the_library_runs_again(dry, tmp_
 def test_a_whole_house_with_a_changed_docstring_trains_nothing_again(copy, tmp_path):
     """All run with the other library, take what is trained, and say that another commit made it; then only what was
     deleted or changed by hand is made again."""
-    house = tmp_path / "house"
-    shutil.copytree(store.ROOT / "flowerlib", house / "flowerlib", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(reproduce.FOLDER, house / "notebooks")
-    (house / "data").symlink_to(store.ROOT / "data")
+    another_house.build(house := tmp_path / "house")
     for path in (house / "flowerlib").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         path.write_text(text.replace('"""', '"""Other words. ', 1) + "# a remark\n", encoding="utf-8")
 
-    def run(*how):
-        command = [sys.executable, *how, "--profile", "smoke", "--out", str(copy)]
-        env = os.environ | {"PYTHONPATH": str(house)}
-        done = subprocess.run(command, cwd=house, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
-
-    before, out = trained(copy), run(kernels.__file__)
+    before, out = trained(copy), another_house.run(house, copy)
     assert "skipped" not in out and out.count("trained already with these settings, taken as it is") == 2
     for step in ("data", "sft", "flower"):
         made = store.read_json(copy / step / "settings.json")["made"]
@@ -247,7 +218,8 @@ def test_a_whole_house_with_a_changed_docstring_trains_nothing_again(copy, tmp_p
         assert said in out or by == "unknown"  # the house is no repository
     (copy / "flower" / "settings.json").unlink()
     (copy / "results" / "04_bias_and_diversity.json").write_text("{}")
-    assert run("-m", "flowerlib.lab.reproduce").count("skipped") == 2  # with kernels as a user has them
+    as_users = another_house.run(house, copy, how=("-m", "flowerlib.lab.reproduce"))  # kernels that are not forked
+    assert as_users.count("skipped") == 2
     assert len(runs.read_results(copy / "results" / "04_bias_and_diversity.json")) == 4
     assert trained(copy) == before
 

@@ -90,9 +90,9 @@ class Settings(TrainSettings):
 PROFILES: dict[str, Settings] = {
     "smoke": Settings(
         profile="smoke", max_items=80, max_users=60, max_history=8, preference_size=16, model="tiny", frozen_layers=1,
-        tuned_layers=1, bfloat16=False, learning_rate=3e-3, batch_size=8, epochs=2.0, evaluations=2, n_seeds=2,
-        sweep=((-0.25, 0.5), (-1.0, 0.2)), flower_sweep=(("div", 0.995), ("add", 0.9)), design=True, valid_users=20,
-        decoding_users=20, exact_users=4),
+        tuned_layers=1, bfloat16=False, learning_rate=3e-3, batch_size=16, device_batch=16, epochs=2.0, evaluations=2,
+        n_seeds=2, sweep=((-0.25, 0.5), (-1.0, 0.2)), flower_sweep=(("div", 0.995), ("add", 0.9)), design=True,
+        valid_users=20, decoding_users=20, exact_users=4),
     "laptop": Settings(),
     "study": Settings(
         profile="study", epochs=2.0, evaluations=4, n_seeds=5, design=True, sweep=((-0.25, 0.1), (-0.5, 0.1)),

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..data import read_json, reading
 from ..model import ROOT
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "pandas")
+VERSIONS = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "numpy", "pandas")}
 FRESH = "FLOWERLIB_FRESH"  # environment variable: work from before this moment (seconds since 1970) is made again
 LOCK = ".flowerlib.lock"  # a file that a process holds in the folder where it works; the system lets go when it dies
 SCRATCH = ".flowerlib.scratch"  # the same, in a folder of `scratch`
@@ -147,7 +147,7 @@ def provenance(settings: Mapping[str, Any], seconds: float, bfloat16: bool = Fal
     bfloat16: whether a language model was trained in it. made_at is in UTC; matmul_1024_seconds is the
     machine's speed, measured once in a process."""
     return {"settings": dict(settings), "bfloat16": bfloat16, "seconds": round(seconds, 1),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "versions": {"python": platform.python_version()} | VERSIONS,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
             "threads": torch.get_num_threads(), "commit": commit(), "matmul_1024_seconds": speed(),
             "made_at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())}
