@@ -1,4 +1,4 @@
-"""Tests run side by side (pytest-xdist), each process with one thread, and share one run at `smoke`."""
+"""Tests run side by side (pytest-xdist), each process with one thread, and share runs at `smoke`."""
 
 import os
 import shutil
@@ -22,14 +22,20 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
-    """Makes a folder once for all processes."""
+    """Makes a folder once for all processes; where that failed, all say why."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def made(name: str, make: Callable[[Path], None]) -> Path:
         with FileLock(f"{base / name}.lock"):
+            if (failed := base / f"{name}.failed").exists():
+                pytest.fail(failed.read_text(encoding="utf-8"))
             if not (base / name / "whole").exists():
-                make(base / name)
+                try:
+                    make(base / name)
+                except BaseException as error:
+                    failed.write_text(f"{name} was not made: {error}", encoding="utf-8")
+                    raise
                 (base / name / "whole").touch()
         return base / name
 
@@ -38,14 +44,11 @@ def once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def smoke(once):
-    """The folder of a whole run at `smoke` with its report; tests that change it work on a copy."""
-    from flowerlib.lab import report, reproduce  # here: the process that hands out the tests needs no torch
+    """The folder of a whole run at `smoke`; tests that change it work on a copy."""
+    from flowerlib.lab import reproduce  # here: the process that hands out the tests needs no torch
 
-    def make(folder):
-        reproduce.reproduce("smoke", str(folder), {}, (*reproduce.NOTEBOOKS, *reproduce.STUDIES))
-        report.report(folder)
-
-    return once("smoke", make)
+    notebooks = (*reproduce.NOTEBOOKS, *reproduce.STUDIES)
+    return once("smoke", lambda folder: reproduce.reproduce("smoke", str(folder), {}, notebooks))
 
 
 @pytest.fixture

@@ -64,6 +64,7 @@ def answered(path):
                         f"try:\n{textwrap.indent(wrong, '    ')}\n    print('taken: {name} {number}')\n"
                         "except AssertionError as error:\n    print('refused:', error)"
                     ))
+                cell.metadata["tags"] = ["raises-exception"]  # the other exercises are run all the same
                 wrong_answers += len(WRONG[name])
                 cell.source = cell.source.replace(stub, left.pop(name))
         cells.append(cell)

@@ -88,7 +88,8 @@ def test_importing_the_core_brings_no_bench_and_leaves_the_garbage_collector_as_
     code = f"""import gc, sys; gc.{before}(); import flowerlib; print(gc.isenabled(), gc.get_freeze_count() > 0)
 import flowerlib.train, flowerlib.metrics; print(*{{"flowerlib.lab", "seaborn", "matplotlib"}} & set(sys.modules))"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == [str(before == "enable"), "True"], done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(before == "enable"), "True"]
 
 
 def test_the_reader_of_imports_by_hand():

@@ -166,8 +166,18 @@ def test_no_text_of_a_cell_becomes_an_element_of_the_page(tmp_path):
     assert script not in page and page.count("&lt;script&gt;alert") == 2
 
 
-def test_a_page_holds_all_notebooks_and_all_methods(smoke):
-    page = (smoke / "report.html").read_text(encoding="utf-8")
+@pytest.fixture
+def page(smoke, once):
+    """The report of the whole run."""
+
+    def make(folder):
+        folder.mkdir()
+        shutil.copy(report.report(smoke), folder)
+
+    return (once("page", make) / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_page_holds_all_notebooks_and_all_methods(smoke, page):
     assert all(f'<h1 id="{n}-' in page for n in ("01", "02", "03", "04"))
     assert "step/s" not in page
     assert report.headline(smoke) in page and "one seed. A tiny random model" in page
@@ -177,8 +187,7 @@ def test_a_page_holds_all_notebooks_and_all_methods(smoke):
     assert all(f"<td>{cell}</td>" in results for line in table[1:] for cell in line)
 
 
-def test_the_report_needs_no_network_and_says_what_its_pictures_show(smoke):
-    page = (smoke / "report.html").read_text(encoding="utf-8")
+def test_the_report_needs_no_network_and_says_what_its_pictures_show(smoke, page):
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=.https?:", page) and "import(" not in page
     alts = re.findall(r"<img[^>]*?alt=\"(.*?)\"", page, re.DOTALL)
     assert len(alts) == page.count("<img") > 5 and all(len(alt) > 10 for alt in alts)

@@ -209,8 +209,11 @@ def test_a_whole_house_with_a_changed_docstring_trains_nothing_again(copy, tmp_p
         text = path.read_text(encoding="utf-8")
         path.write_text(text.replace('"""', '"""Other words. ', 1) + "# a remark\n", encoding="utf-8")
 
-    before, out = trained(copy), another_house.run(house, copy)
+    names = (*reproduce.NOTEBOOKS, reproduce.FIT, reproduce.COMPARISON)
+    before, fits = trained(copy), {path: path.read_bytes() for path in (copy / "fit").glob("*.json")}
+    out = another_house.run(house, copy, *(f"--only={name[:-6]}" for name in names))
     assert "skipped" not in out and out.count("trained already with these settings, taken as it is") == 2
+    assert len(fits) > 9 and {path: path.read_bytes() for path in (copy / "fit").glob("*.json")} == fits
     for step in ("data", "sft", "flower"):
         made = store.read_json(copy / step / "settings.json")["made"]
         by = store.read_json(next(copy.glob(f"*/{made}/made.json")))["provenance"]["commit"]
@@ -254,7 +257,7 @@ def test_fresh_passes_by_what_is_done(dry):
 @pytest.mark.long
 def test_an_override_holds_in_the_notebooks_after_it_and_an_error_is_one_sentence(tmp_path, smoke):
     names = [PREPARE, SFT]
-    given = {"category": "book", "max_history": 4, "seed": 1, "preference_epochs": 2, "epochs": 0.2}
+    given = {"category": "book", "max_history": 4, "seed": 1, "preference_epochs": 2, "epochs": 0.4}
     folder = reproduce.reproduce("smoke", str(tmp_path), given, names)
     for stem in ("data", "sft"):
         used = store.read_json(folder / stem / "settings.json")["settings"]
@@ -377,7 +380,7 @@ def test_launch_takes_what_the_notebooks_made(copy, monkeypatch):
 
 def test_the_notebooks_take_what_launch_made(copy, capsys):
     """Weighted targets too: launch and notebooks hand the same to `finetune`."""
-    given = {"epochs": 0.2, "reweight": True}
+    given = {"epochs": 0.4, "reweight": True}
     made = [launch.launch("SFT", "smoke", str(copy), given)]
     with pytest.raises(FileNotFoundError, match="run notebooks/03_train_flower.ipynb"):
         runs.require(copy, "flower")  # that one was another SFT's
