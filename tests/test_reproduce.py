@@ -179,9 +179,7 @@ def test_files_that_are_brought_are_looked_at(dry, tmp_path):
 
 
 def test_a_changed_cell_or_a_changed_comment_in_the_library_runs_again(dry, tmp_path, monkeypatch):
-    house = tmp_path / "house"
-    shutil.copytree(store.ROOT / "flowerlib", house / "flowerlib", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(reproduce.FOLDER, house / "notebooks")
+    another_house.build(house := tmp_path / "house")
     monkeypatch.setattr(reproduce, "__file__", str(house / "flowerlib" / "lab" / "reproduce.py"))
     monkeypatch.setattr(reproduce, "FOLDER", house / "notebooks")
     assert dry() == ["01", "02", "03", "04"] and dry() == []
